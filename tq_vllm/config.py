@@ -1,0 +1,84 @@
+"""Presets: which widths, scale rules and encoder options a `--kv-cache-dtype` name stands for."""
+
+from dataclasses import dataclass
+
+KEY_BITS = (8, 5, 4, 3, 2)
+VALUE_BITS = (8, 4, 3, 2)
+SCALE_RULES = ("norm", "unbiased", "raw")
+
+# Multipliers of the unit-variance scale that the encoder tries for every vector; it keeps the one whose codes point
+# closest to the vector. Costs time on write only: nothing about it is stored.
+SCALE_SEARCH = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
+
+
+class UnknownPresetError(ValueError):
+    """A `--kv-cache-dtype` of the turboquant family that names no preset."""
+
+
+@dataclass(frozen=True)
+class TurboQuantConfig:
+    """What a preset fixes: together with the head size this determines every byte of the cache.
+
+    Attributes:
+        name: the `--kv-cache-dtype` string.
+        key_bits, value_bits: code width of one coordinate, bits.
+        key_scale_rule, value_scale_rule: what the stored scale makes exact. "norm": the decoded vector has the length
+            of the original; "unbiased": the decoded vector's inner product with the original is the squared norm
+            (EDEN); "raw": TurboQuant Alg. 1 as printed.
+        scale_search: multipliers tried by the encoder; `(1.0,)` turns the search off.
+        key_offset: subtract the RoPE-rotated bias of the key projection, where the checkpoint has one.
+    """
+
+    name: str
+    key_bits: int
+    value_bits: int
+    key_scale_rule: str = "norm"
+    value_scale_rule: str = "norm"
+    scale_search: tuple[float, ...] = SCALE_SEARCH
+    key_offset: bool = True
+
+    def __post_init__(self) -> None:
+        for what, got, allowed in (
+            ("key_bits", self.key_bits, KEY_BITS),
+            ("value_bits", self.value_bits, VALUE_BITS),
+            ("key_scale_rule", self.key_scale_rule, SCALE_RULES),
+            ("value_scale_rule", self.value_scale_rule, SCALE_RULES),
+        ):
+            if got not in allowed:
+                raise ValueError(f"{what} of preset {self.name!r}: got {got!r}, allowed {allowed}.")
+        if not self.scale_search or min(self.scale_search) <= 0:
+            raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed positive numbers.")
+
+
+def _preset(suffix: str, key_bits: int, value_bits: int) -> TurboQuantConfig:
+    return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits)
+
+
+PRESETS: dict[str, TurboQuantConfig] = {
+    config.name: config
+    for config in (
+        _preset("", 4, 4),
+        _preset(":k8v8", 8, 8),
+        _preset(":k8v4", 8, 4),
+        _preset(":k5v4", 5, 4),
+        _preset(":k4v4", 4, 4),
+        _preset(":k4v3", 4, 3),
+        _preset(":k3v3", 3, 3),
+        _preset(":k2v2", 2, 2),
+    )
+}
+
+
+def get_config(name: str) -> TurboQuantConfig:
+    """Return the preset called `name`.
+
+    Raises:
+        UnknownPresetError: no such preset; the message lists those that exist.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise UnknownPresetError(
+            f"Unknown TurboQuant preset: got {name!r}, allowed {', '.join(PRESETS)}. "
+            f"Use --kv-cache-dtype turboquant if in doubt."
+        ) from None

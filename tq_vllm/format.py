@@ -1,0 +1,208 @@
+"""The page: where every bit of a TurboQuant KV cache lives. The one contract between CUDA, Triton and CPU kernels.
+
+vLLM hands a layer `kv_cache`, uint8 [num_blocks, num_kv_heads, block_size, slot_bytes]. The `block_size * slot_bytes`
+bytes of one (block, head) are contiguous and hold `block_size / 16` tile records, each of 16 consecutive tokens:
+
+    tile record, 16 * slot_bytes bytes, every section a multiple of 16 bytes
+    +--------------------------------+--------------------------------+------------------+------------------+
+    | key planes (1 or 2)            | value planes (1 or 2)          | key scales       | value scales     |
+    | [16 tokens][words]             | [words][16 tokens, permuted]   | [16 tokens] f16  | [16 tokens] f16  |
+    +--------------------------------+--------------------------------+------------------+------------------+
+
+A *plane* stores a field of 8, 4, 2 or 1 bits of every coordinate of a rotated vector, in little-endian 32-bit words of
+consecutive coordinates. A code of b bits is `index | sign << (b - 1)`; its fields are
+
+    b   planes     fields                                        (index: rank of the magnitude, sign: 1 = negative)
+    8   8          the signed byte itself
+    5   4 and 1    4: index >> 1 and the sign     1: index & 1
+    4   4          4: index and the sign
+    3   2 and 1    2: index                       1: the sign
+    2   2          2: the code
+
+and within a word coordinate c stands at (k = c % 8):
+
+    plane   coordinates a word   bits of coordinate c
+    8       4                    8 * (c % 4) .. + 7
+    4       8                    magnitude 4k .. 4k+2; sign 8k+7 for k < 4, 8(k-4)+3 for k >= 4
+    2       16                   4k + 2s .. + 1, s = c / 8 % 2
+    1       32                   8 * (k % 4) + 2j + k / 4, j = c / 8 % 4; the last word is padded when 32 does not divide d
+
+Why: `prmt` takes four nibbles as byte selectors, so a nibble's low three bits look up a table of eight magnitudes and
+give four bytes; the sign of code k sits at bit 7 of the byte where k's level appears (of the word for k < 4, of the
+word << 4 for k >= 4), the extra bit of plane 1 likewise after a shift, so that signs cost one XOR for four codes.
+
+Keys are token-major: a row is what the lanes of an int8 MMA read along the reduction.
+Values are word-major, and the tokens of a tile are permuted so that the four words of tokens 2q, 2q+1, 2q+8, 2q+9 (the
+reduction indices that lane q of an `m16n8k16` MMA holds) are one 16-byte load.
+
+A vector's stored scale is f16; decoded coordinate = scale * centroid of its code (core.codebooks.page_centroids).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from tq_vllm.config import TurboQuantConfig
+
+TILE_TOKENS = 16
+SEGMENT_TOKENS = 64  # a key offset is constant over this many absolute positions
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+
+_BITS_4_INDEX = tuple(4 * k for k in range(8))
+_BITS_4_SIGN = tuple(8 * k + 7 if k < 4 else 8 * (k - 4) + 3 for k in range(8))
+_BITS_2 = tuple(4 * k + 2 * s for s in range(2) for k in range(8))
+_BITS_1 = tuple(8 * (k % 4) + 2 * j + k // 4 for j in range(4) for k in range(8))
+_BITS_8 = (0, 8, 16, 24)
+_BIT_OF = {8: _BITS_8, 4: _BITS_4_INDEX, 2: _BITS_2, 1: _BITS_1}
+
+
+class UnsupportedHeadDimError(ValueError):
+    """A head size that the page format does not hold."""
+
+
+def words_per_token(plane: int, head_dim: int) -> int:
+    """32-bit words that one vector takes in a plane of `plane` bits."""
+    return -(-head_dim * plane // 32)
+
+
+def value_token_order(token: int) -> int:
+    """Place of `token` (0..15) among the 16 tokens of a value word."""
+    return (token % 8 // 2) * 4 + token % 2 + 2 * (token // 8)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A contiguous part of a tile record: `offset` in bytes; `plane` bits a coordinate; words a token."""
+
+    plane: int
+    offset: int
+    words: int
+
+
+@dataclass(frozen=True)
+class TurboQuantPage:
+    """Byte offsets of a tile record for one preset and head size.
+
+    Raises:
+        UnsupportedHeadDimError: on construction, for a head size that is not in SUPPORTED_HEAD_DIMS.
+    """
+
+    config: TurboQuantConfig
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in SUPPORTED_HEAD_DIMS:
+            raise UnsupportedHeadDimError(
+                f"Head size of a TurboQuant cache: got {self.head_dim}, allowed {SUPPORTED_HEAD_DIMS}. "
+                f"Use --kv-cache-dtype auto or fp8 for this model."
+            )
+
+    @cached_property
+    def key_sections(self) -> tuple[Section, ...]:
+        return self._sections(self.config.key_bits, 0)
+
+    @cached_property
+    def value_sections(self) -> tuple[Section, ...]:
+        return self._sections(self.config.value_bits, self._end(self.key_sections))
+
+    @cached_property
+    def key_scale_offset(self) -> int:
+        """Byte offset of f16 [16] in a tile record."""
+        return self._end(self.value_sections)
+
+    @cached_property
+    def value_scale_offset(self) -> int:
+        """Byte offset of f16 [16] in a tile record."""
+        return self.key_scale_offset + 2 * TILE_TOKENS
+
+    @cached_property
+    def tile_bytes(self) -> int:
+        return self.value_scale_offset + 2 * TILE_TOKENS
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of one token of one KV head: the last dimension of vLLM's cache tensor."""
+        return self.tile_bytes // TILE_TOKENS
+
+    def _sections(self, bits: int, offset: int) -> tuple[Section, ...]:
+        sections = []
+        for plane in PLANES[bits]:
+            sections.append(Section(plane, offset, words_per_token(plane, self.head_dim)))
+            offset = self._end(sections)
+        return tuple(sections)
+
+    @staticmethod
+    def _end(sections) -> int:
+        return sections[-1].offset + 4 * TILE_TOKENS * sections[-1].words
+
+    def key_word_offset(self, section: Section, token: int, word: int) -> int:
+        """Byte offset in the tile record of a key word of `token` (0..15)."""
+        return section.offset + 4 * (token * section.words + word)
+
+    def value_word_offset(self, section: Section, token: int, word: int) -> int:
+        """Byte offset in the tile record of a value word of `token` (0..15)."""
+        return section.offset + 4 * (word * TILE_TOKENS + value_token_order(token))
+
+
+def _fields(codes: torch.Tensor, bits: int) -> list[tuple[int, torch.Tensor]]:
+    """Split codes, int [..., d], into (plane, field int64 [..., d]); plane 4 keeps its sign as bit 3."""
+    c = codes.to(torch.int64)
+    if bits == 5:
+        return [(4, (c >> 1) & 7 | (c >> 4) << 3), (1, c & 1)]
+    if bits == 3:
+        return [(2, c & 3), (1, c >> 2)]
+    return [(PLANES[bits][0], c)]
+
+
+def _join(fields: list[torch.Tensor], bits: int) -> torch.Tensor:
+    if bits == 5:
+        nibble, low = fields
+        return (nibble & 7) << 1 | low | (nibble >> 3) << 4
+    if bits == 3:
+        return fields[0] | fields[1] << 2
+    return fields[0]
+
+
+def _shifts(bit_of: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(bit_of, dtype=torch.int64, device=device)
+
+
+def pack_words(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Pack the codes of vectors into the words of their planes.
+
+    Args:
+        codes: any int dtype [..., head_dim], values below 2**bits (a signed byte's bit pattern for 8 bits).
+        bits: a key of PLANES.
+
+    Returns:
+        One int32 [..., words] per plane of `bits`, in the order of PLANES.
+    """
+    d = codes.shape[-1]
+    packed = []
+    for plane, field in _fields(codes, bits):
+        per_word = 32 // plane
+        if d % per_word:
+            field = torch.nn.functional.pad(field, (0, per_word - d % per_word))
+        field = field.unflatten(-1, (-1, per_word))
+        if plane == 4:
+            shifted = (field & 7) << _shifts(_BITS_4_INDEX, codes.device)
+            shifted |= (field >> 3) << _shifts(_BITS_4_SIGN, codes.device)
+        else:
+            shifted = field << _shifts(_BIT_OF[plane], codes.device)
+        word = shifted.sum(-1)  # the fields of a word do not overlap
+        packed.append(torch.where(word >= 2**31, word - 2**32, word).to(torch.int32))
+    return packed
+
+
+def unpack_words(words: list[torch.Tensor], bits: int, head_dim: int) -> torch.Tensor:
+    """Inverse of `pack_words`: one int32 [..., words] per plane -> codes uint8 [..., head_dim]."""
+    fields = []
+    for plane, word in zip(PLANES[bits], words, strict=True):
+        w = word.to(torch.int64).unsqueeze(-1)
+        field = (w >> _shifts(_BIT_OF[plane], word.device)) & (7 if plane == 4 else 2**plane - 1)
+        if plane == 4:
+            field |= ((w >> _shifts(_BITS_4_SIGN, word.device)) & 1) << 3
+        fields.append(field.flatten(-2)[..., :head_dim])
+    return _join(fields, bits).to(torch.uint8)
