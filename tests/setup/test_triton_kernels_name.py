@@ -28,7 +28,18 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(REPO / name, source / name)
     for name in ("tq_vllm", "triton_kernels"):
         shutil.copytree(REPO / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(work), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(work),
+        str(source),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "TQ_BUILD_CUDA": "0"}, timeout=300)
     return next(work.glob("*.whl"))
 
