@@ -1,0 +1,99 @@
+"""Quantizes rotated vectors: the numeric contract of the cache, and TurboQuant_mse (TurboQuant Alg. 1).
+
+The cache stores a rotated vector y of norm n as codes and one scale. With u = y * sqrt(head_dim) / n (unit-variance
+coordinates) and c the decoded codes, the vector reads back as scale * c, where the scale is by rule
+  "norm"      n / |c|        the decoded vector has the norm of y
+  "unbiased"  n^2 / <y, c>   the EDEN scale: inner products are unbiased over random rotations
+  "raw"       n / sqrt(d)    Algorithm 1 as printed (with scale_search=(1.0,))
+rounded to float16. A vector whose squared norm is not finite in float32 (NaN, inf, a norm above 1.8e19) is stored as zero.
+"""
+
+import functools
+import math
+
+import torch
+
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.core.codebooks import page_centroids
+
+SCALE_RULES = ("norm", "unbiased", "raw")
+DEFAULT_SCALE_SEARCH = (1.0, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24)
+FLOAT16_MAX = 65504.0
+_CANDIDATE_ELEMENTS = 1 << 18  # elements of a [vectors, candidates, head_dim] block: stays in a core's second-level cache
+
+
+@functools.cache
+def _levels_by_ratio(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tables over floor(magnitude / unit): index uint8 and magnitude f32, both [last threshold / unit + 1].
+
+    The thresholds m_i + m_{i+1} + 1 are integers in units, so that one look-up compares with all of them exactly.
+    """
+    levels = torch.tensor(PAGE_LEVELS[bits])
+    steps = levels[1:] + levels[:-1] + 1  # thresholds / unit
+    index = torch.bucketize(torch.arange(int(steps[-1]) + 1), steps, right=True)
+    magnitude = page_centroids(bits)[index]
+    return index.to(torch.uint8).to(device), magnitude.to(device)
+
+
+def _search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+    """Return (codes, <u, c>, |c|^2) of the scale candidate with the largest cosine <u, c>/|c|; the first wins ties.
+
+    u [n, d] f32 -> codes [n, d] uint8, dot [n] f32, square [n] f32. A candidate s takes the nearest centroid to u / s.
+    """
+    index_table, magnitude_table = _levels_by_ratio(bits, u.device)
+    units = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None] * PAGE_UNIT[bits]  # [candidates, 1]
+    magnitude = u.abs()[:, None, :]  # [n, 1, d]
+    cell = (magnitude / units).clamp_(max=len(index_table) - 1).to(torch.int32)  # [n, candidates, d]
+    c = magnitude_table.index_select(0, cell.flatten()).view(cell.shape)
+    dot, square = (c * magnitude).sum(-1), c.square().sum(-1)  # [n, candidates]
+    best = (dot / square.sqrt()).argmax(-1, keepdim=True)  # [n, 1]
+    cell = cell.gather(1, best[:, :, None].expand(-1, 1, u.shape[-1])).flatten()
+    codes = index_table.index_select(0, cell).view(u.shape) + ((u < 0).to(torch.uint8) << (bits - 1))
+    return codes, dot.gather(1, best)[:, 0], square.gather(1, best)[:, 0]
+
+
+def encode_vectors(
+    y: torch.Tensor, bits: int, scale_rule: str, scale_search: tuple[float, ...] = DEFAULT_SCALE_SEARCH
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize rotated vectors y [..., d] f32 to (codes uint8 [..., d], scale f32 [...], already rounded to float16).
+
+    bits 2..5: page codebook, the best of the scale candidates; bits 8: rint(u * 127 / max|u|) as the byte of an int8 with
+    scale n / |c|, whatever the rule and candidates. ValueError for another width or rule.
+    """
+    if bits != 8 and bits not in PAGE_LEVELS:
+        raise ValueError(f"Vectors of {bits} bits; widths are {', '.join(map(str, PAGE_LEVELS))} and 8.")
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"Scale rule is {scale_rule!r}; it must be one of {', '.join(SCALE_RULES)}.")
+    dim = y.shape[-1]
+    rows = y.reshape(-1, dim).to(torch.float32)  # [n, d]
+    norm = rows.square().sum(-1).sqrt()  # [n]
+    stored = norm.isfinite() & (norm > 0)
+    norm = norm.masked_fill(~stored, 0.0)
+    u = (rows * (math.sqrt(dim) / norm)[:, None]).masked_fill_(~stored[:, None], 0.0)
+    if bits == 8:
+        largest = u.abs().amax(-1, keepdim=True).clamp_(min=1.0)  # a stored row has a coordinate of at least 1
+        c = (u * (127.0 / largest)).round_()
+        codes, square = c.to(torch.int8).view(torch.uint8), c.square().sum(-1).clamp_(min=1.0)
+        scale = norm / square.sqrt()
+    else:
+        rows_at_once = max(1, _CANDIDATE_ELEMENTS // (len(scale_search) * dim))
+        parts = [_search_codes(part, bits, scale_search) for part in u.split(rows_at_once)]
+        codes, dot, square = (torch.cat(part) for part in zip(*parts, strict=True))
+        if scale_rule == "norm":
+            scale = norm / square.sqrt()
+        elif scale_rule == "unbiased":
+            scale = norm * math.sqrt(dim) / dot
+        else:
+            scale = norm / math.sqrt(dim)
+        scale = scale.masked_fill(~stored, 0.0)
+    scale = scale.clamp_(max=FLOAT16_MAX).to(torch.float16).to(torch.float32)
+    return codes.view(y.shape), scale.view(y.shape[:-1])
+
+
+def decode_vectors(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the rotated vectors scale * c, f32 [..., d], of codes uint8 [..., d] and scale [...] (widths 2..5 and 8)."""
+    if bits == 8:
+        c = codes.view(torch.int8).to(torch.float32)
+    else:
+        c = page_centroids(bits).to(codes.device).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+    return c.mul_(scale[..., None])
