@@ -1,8 +1,9 @@
 """Solves the codebooks with SciPy and writes them to codebook_tables.py: `python -m tq_vllm.core.codebook_generator`.
 
 All densities here are of a coordinate u scaled to unit variance. Limit: N(0, 1). Exact, for a uniformly random unit
-vector in dimension d: u = sqrt(d) * x with density proportional to (1 - u^2/d)^((d-3)/2) on |u| <= sqrt(d) (TurboQuant
-Lemma 1). Both are symmetric and log-concave, so that the Lloyd-Max quantizer is unique and symmetric; only the positive half is solved.
+vector in dimension d: u = sqrt(d) * x with density proportional to (1 - u^2/d)^((d-3)/2) on |u| <= sqrt(d)
+(TurboQuant Lemma 1). Both are symmetric and log-concave, so that the Lloyd-Max quantizer is unique and symmetric; only
+its positive half is solved.
 """
 
 import functools
@@ -22,7 +23,7 @@ PAGE_UNIT_BITS = 12  # significant bits kept of a page unit, so that every (2m+1
 
 
 class Density:
-    """The density of a unit-variance coordinate: N(0, 1) for dim None, else the exact Beta density of dimension `dim`."""
+    """The density of a unit-variance coordinate: N(0, 1) for dim None, else the Beta density of dimension `dim`."""
 
     def __init__(self, dim: int | None):
         self.dim = dim
@@ -67,7 +68,7 @@ def midpoints(levels: np.ndarray) -> np.ndarray:
 @functools.cache
 def _lloyd_max(bits: int, dim: int | None) -> np.ndarray:
     density, count = Density(dim), 1 << (bits - 1)
-    # Panter-Dite start (point density ~ pdf^(1/3)), a few Lloyd steps, then Newton on levels = centroids(midpoints(levels)).
+    # Panter-Dite start (point density ~ pdf^(1/3)), a few Lloyd steps, then Newton on levels = centroids(levels).
     levels = math.sqrt(3) * scipy.special.ndtri(0.5 + (np.arange(count) + 0.5) / (2 * count))
     levels = np.minimum(levels, 0.999 * density.support)
     for _ in range(200):
@@ -117,7 +118,7 @@ def _page_candidate(bits: int, unit: float) -> tuple[float, np.ndarray]:
 
 @functools.cache
 def page_codebook(bits: int) -> tuple[tuple[int, ...], float]:
-    """Return (m [2**(bits-1)], unit): the codebook sign*(2m+1)*unit, m in 0..127, of least Gaussian MSE on a grid of units.
+    """Return (m [2**(bits-1)], unit): the codebook sign*(2m+1)*unit, m in 0..127, of least Gaussian MSE.
 
     A unit has PAGE_UNIT_BITS significant bits; the grid takes the largest m from about 64 to 127.
     """
@@ -138,7 +139,7 @@ def tables_source() -> str:
         return f"(\n{text},\n    )"
 
     lines = [
-        '"""Codebooks solved by codebook_generator.py, which writes this file; positive levels of unit-variance coordinates."""',
+        '"""Positive codebook levels of unit-variance coordinates; written by codebook_generator.py."""',
         "",
         "# fmt: off",
         "# (bits, dim or None for the Gaussian limit) -> levels, ascending, [2**(bits-1)]",
@@ -162,7 +163,8 @@ def main() -> None:
         levels, unit = page_codebook(bits)
         optimum = Density(None).mse(lloyd_max(bits, None))
         page = Density(None).mse((2 * np.array(levels) + 1) * unit)
-        print(f"{bits} bits: Lloyd-Max {optimum:.6f}, page {page:.6f} ({page / optimum - 1:+.3%}), m {levels}, unit {unit}")
+        cost = f"Lloyd-Max {optimum:.6f}, page {page:.6f} ({page / optimum - 1:+.3%})"
+        print(f"{bits} bits: {cost}, m {levels}, unit {unit}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Codebooks solved by codebook_generator.py, which writes this file; positive levels of unit-variance coordinates."""
+"""Positive codebook levels of unit-variance coordinates; written by codebook_generator.py."""
 
 # fmt: off
 # (bits, dim or None for the Gaussian limit) -> levels, ascending, [2**(bits-1)]

@@ -30,7 +30,7 @@ def _jacobsthal(q: int) -> torch.Tensor:
 
 @functools.cache
 def base_matrix(order: int) -> torch.Tensor:
-    """Return the +1/-1 matrix int64 [order, order] for an order in BASE_ORDERS: Paley I for 12 and 20, Paley II for 28."""
+    """Return the +1/-1 matrix int64 [order, order] for an order in BASE_ORDERS: Paley I (12, 20) or Paley II (28)."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.int64)
     if order in (12, 20):  # q = order - 1 is 3 modulo 4: I + [[0, 1], [-1, Q]]

@@ -5,7 +5,7 @@ coordinates) and c the decoded codes, the vector reads back as scale * c, where 
   "norm"      n / |c|        the decoded vector has the norm of y
   "unbiased"  n^2 / <y, c>   the EDEN scale: inner products are unbiased over random rotations
   "raw"       n / sqrt(d)    Algorithm 1 as printed (with scale_search=(1.0,))
-rounded to float16. A vector whose squared norm is not finite in float32 (NaN, inf, a norm above 1.8e19) is stored as zero.
+rounded to float16. A vector whose squared norm is not finite in float32 (NaN, inf, norm above 1.8e19) is stored as zero.
 """
 
 import functools
@@ -13,13 +13,12 @@ import math
 
 import torch
 
+from tq_vllm.config import SCALE_RULES, SCALE_SEARCH
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.core.codebooks import page_centroids
 
-SCALE_RULES = ("norm", "unbiased", "raw")
-DEFAULT_SCALE_SEARCH = (1.0, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24)
 FLOAT16_MAX = 65504.0
-_CANDIDATE_ELEMENTS = 1 << 18  # elements of a [vectors, candidates, head_dim] block: stays in a core's second-level cache
+_CANDIDATE_ELEMENTS = 1 << 18  # elements of a [vectors, candidates, head_dim] block: it stays in a core's L2
 
 
 @functools.cache
@@ -41,7 +40,7 @@ def _search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) -
     u [n, d] f32 -> codes [n, d] uint8, dot [n] f32, square [n] f32. A candidate s takes the nearest centroid to u / s.
     """
     index_table, magnitude_table = _levels_by_ratio(bits, u.device)
-    units = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None] * PAGE_UNIT[bits]  # [candidates, 1]
+    units = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None] * PAGE_UNIT[bits]
     magnitude = u.abs()[:, None, :]  # [n, 1, d]
     cell = (magnitude / units).clamp_(max=len(index_table) - 1).to(torch.int32)  # [n, candidates, d]
     c = magnitude_table.index_select(0, cell.flatten()).view(cell.shape)
@@ -53,12 +52,12 @@ def _search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) -
 
 
 def encode_vectors(
-    y: torch.Tensor, bits: int, scale_rule: str, scale_search: tuple[float, ...] = DEFAULT_SCALE_SEARCH
+    y: torch.Tensor, bits: int, scale_rule: str, scale_search: tuple[float, ...] = SCALE_SEARCH
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize rotated vectors y [..., d] f32 to (codes uint8 [..., d], scale f32 [...], already rounded to float16).
 
-    bits 2..5: page codebook, the best of the scale candidates; bits 8: rint(u * 127 / max|u|) as the byte of an int8 with
-    scale n / |c|, whatever the rule and candidates. ValueError for another width or rule.
+    bits 2..5: page codebook, the best of the scale candidates; bits 8: rint(u * 127 / max|u|) as the byte of an int8
+    with scale n / |c|, whatever the rule and candidates. ValueError for another width or rule.
     """
     if bits != 8 and bits not in PAGE_LEVELS:
         raise ValueError(f"Vectors of {bits} bits; widths are {', '.join(map(str, PAGE_LEVELS))} and 8.")
@@ -91,7 +90,7 @@ def encode_vectors(
 
 
 def decode_vectors(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the rotated vectors scale * c, f32 [..., d], of codes uint8 [..., d] and scale [...] (widths 2..5 and 8)."""
+    """Return the rotated vectors scale * c, f32 [..., d], of codes uint8 [..., d] and scale [...]; widths 2..5, 8."""
     if bits == 8:
         c = codes.view(torch.int8).to(torch.float32)
     else:

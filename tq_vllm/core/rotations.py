@@ -17,12 +17,12 @@ KINDS = ("hadamard", "dense", "identity")
 
 
 def default_rotation(dim: int) -> str:
-    """Return "hadamard" where a Hadamard matrix of order `dim` is built in, else "dense": the rule for any dimension."""
+    """Return "hadamard" where a Hadamard matrix of order `dim` exists here, else "dense": the rule for any dimension."""
     return "hadamard" if any(dim % b == 0 and (dim // b).bit_count() == 1 for b in BASE_ORDERS) else "dense"
 
 
 def dense_orthogonal(dim: int, seed: int) -> torch.Tensor:
-    """Return a Haar-distributed orthogonal matrix float64 [dim, dim]: the Q of a Gaussian matrix, R's diagonal positive."""
+    """Return a Haar-distributed orthogonal f64 [dim, dim]: the Q of a Gaussian matrix whose R has a positive diagonal."""
     q, r = torch.linalg.qr(random_gaussian(seed, dim * dim).view(dim, dim))
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
@@ -35,16 +35,16 @@ class Rotation:
     kind "dense": a random orthogonal matrix. kind "identity": y = x.
     ValueError for an unknown kind, rounds outside 1..3, or a head_dim that has no Hadamard matrix.
 
-    The product is formed densely in float64 and rounded once. That is exact enough for a vector's codes not to depend on
-    the batch it is in (a float32 product does depend on it), and for the few vectors of a decode step it is
-    several times faster than log2(head_dim) butterfly steps.
+    The product is formed densely in float64 and rounded once. That is exact enough for the result not to depend on the
+    batch a vector is in (a float32 product does depend on it), and for the few vectors of a decode step it is several
+    times faster than log2(head_dim) butterfly steps.
     """
 
     def __init__(self, head_dim: int, kind: str = "hadamard", rounds: int = 1, seed: int = 0):
         if kind not in KINDS:
             raise ValueError(f"Rotation kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
         if not 1 <= rounds <= 3 or (rounds > 1 and kind != "hadamard"):
-            raise ValueError(f"{rounds} rounds of a {kind} rotation; a hadamard rotation has 1 to 3 rounds, others have 1.")
+            raise ValueError(f"{rounds} rounds of a {kind} rotation; a hadamard rotation has 1 to 3, the others 1.")
         self.head_dim, self.kind, self.rounds, self.seed = head_dim, kind, rounds, seed
         self._matrix = self._build()  # [head_dim, head_dim] f64, y = matrix @ x
         self._on_device: dict[torch.device, torch.Tensor] = {}
