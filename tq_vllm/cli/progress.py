@@ -29,8 +29,6 @@ class StatusLine:
     def __init__(self, title: str):
         self.title, self.started, self.said = title, time.monotonic(), time.monotonic()
         self.terminal = sys.stdout.isatty()
-        if not self.terminal:
-            print(f"{title} ...", flush=True)
 
     def elapsed(self) -> float:
         """Seconds since the line began."""
@@ -75,7 +73,7 @@ class Progress:
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                status.show(lines[-1].strip() if lines else "")
+                status.show(next((line.strip() for line in reversed(lines) if "WARNING" not in line), ""))
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
