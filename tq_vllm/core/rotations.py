@@ -17,12 +17,12 @@ KINDS = ("hadamard", "dense", "identity")
 
 
 def default_rotation(dim: int) -> str:
-    """Return "hadamard" where a Hadamard matrix of order `dim` exists here, else "dense": the rule for any dimension."""
+    """Return "hadamard" where `hadamard_matrix(dim)` exists, else "dense": the rule for any dimension."""
     return "hadamard" if any(dim % b == 0 and (dim // b).bit_count() == 1 for b in BASE_ORDERS) else "dense"
 
 
 def dense_orthogonal(dim: int, seed: int) -> torch.Tensor:
-    """Return a Haar-distributed orthogonal f64 [dim, dim]: the Q of a Gaussian matrix whose R has a positive diagonal."""
+    """Return a Haar-distributed orthogonal f64 [dim, dim]: Q of a Gaussian matrix whose R has a positive diagonal."""
     q, r = torch.linalg.qr(random_gaussian(seed, dim * dim).view(dim, dim))
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
