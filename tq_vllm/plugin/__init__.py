@@ -1,0 +1,1 @@
+"""The only package that imports vllm: a TurboQuant cache on stock vLLM."""

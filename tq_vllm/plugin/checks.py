@@ -1,0 +1,112 @@
+"""Startup refusals: what a TurboQuant cache cannot serve ends in one sentence before any weight is loaded.
+
+Every sentence says what, got, allowed, and what to use instead.
+"""
+
+import functools
+
+import torch
+import vllm
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+
+from tq_vllm.config import get_config
+from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
+from tq_vllm.plugin.compat import BACKEND_NAME, logger
+
+TESTED_VLLM = ("0.32", "0.33")
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CUDA_CAPABILITY = (8, 0)
+OTHER_DTYPE = "--kv-cache-dtype auto"
+
+# Kernels load whole runs of tiles: pages of 64 tokens read faster than pages of 16, and a segment of the key offset
+# never cuts a page.
+PREFERRED_BLOCK_SIZE = 64
+
+
+class UnsupportedByTurboQuantError(ValueError):
+    """The model, the device or an option needs something that a TurboQuant cache does not have."""
+
+
+def _refuse(what: str, got: object, allowed: object, instead: str = OTHER_DTYPE) -> None:
+    raise UnsupportedByTurboQuantError(
+        f"{what} with a TurboQuant KV cache: got {got}, allowed {allowed}; use {instead} instead."
+    )
+
+
+def check_selection(selected_backend, selector_config) -> None:
+    """Refuse what the attention selector knows of a layer whose cache dtype is a preset.
+
+    Args:
+        selected_backend: AttentionBackendEnum of --attention-backend, or None.
+        selector_config: vllm.v1.attention.selector.AttentionSelectorConfig.
+
+    Raises:
+        UnsupportedByTurboQuantError, UnsupportedHeadDimError, UnknownPresetError.
+    """
+    get_config(selector_config.kv_cache_dtype)
+    warn_about_version(vllm.__version__)
+    if selected_backend is not None and selected_backend.name != BACKEND_NAME:
+        _refuse("Attention backend", selected_backend.name, f"{BACKEND_NAME} or none", "no --attention-backend")
+    if selector_config.use_mla:
+        _refuse("Attention", "multi-head latent attention (MLA)", "multi-head, grouped or multi-query attention")
+    if selector_config.attn_type != AttentionType.DECODER:
+        _refuse("Attention", f"{AttentionType(selector_config.attn_type).value} attention", "decoder attention")
+    if selector_config.head_size not in SUPPORTED_HEAD_DIMS:
+        _refuse("Head size", selector_config.head_size, SUPPORTED_HEAD_DIMS)
+    if selector_config.dtype not in SUPPORTED_DTYPES:
+        _refuse("Model dtype", selector_config.dtype, SUPPORTED_DTYPES, "--dtype bfloat16")
+    if selector_config.block_size is not None and selector_config.block_size % TILE_TOKENS:
+        _refuse("--block-size", selector_config.block_size, f"multiples of {TILE_TOKENS}", "64")
+    for what, is_set, instead in (
+        ("Sparse attention", selector_config.use_sparse, OTHER_DTYPE),
+        ("Bidirectional attention between image tokens", selector_config.use_mm_prefix, OTHER_DTYPE),
+        ("Non-causal attention", selector_config.use_non_causal, OTHER_DTYPE),
+        ("Reference sliding window attention", selector_config.use_rswa, OTHER_DTYPE),
+        ("Per-head KV scales of the checkpoint", selector_config.use_per_head_quant_scales, OTHER_DTYPE),
+        ("Batch invariance (VLLM_BATCH_INVARIANT)", selector_config.use_batch_invariant, OTHER_DTYPE),
+        ("Decode context parallelism", selector_config.use_dcp, "--tensor-parallel-size"),
+        ("Prefill context parallelism", selector_config.use_pcp, "--tensor-parallel-size"),
+    ):
+        if is_set:
+            _refuse(what, "on", "off", instead)
+    check_platform()
+
+
+def check_platform() -> None:
+    """Refuse devices that no kernel of this package is written for."""
+    if current_platform.is_cuda():
+        capability = current_platform.get_device_capability()
+        if capability is not None and tuple(capability) < MIN_CUDA_CAPABILITY:
+            _refuse("GPU compute capability", "{}.{}".format(*capability), "8.0 (Ampere) and later")
+    elif not current_platform.is_cpu():
+        _refuse("Platform", current_platform.device_name, "NVIDIA GPUs and CPUs")
+
+
+def check_layer(
+    *, alibi_slopes, num_heads: int, num_kv_heads: int, head_dim: int, kv_cache_dtype: str, extra: dict
+) -> TurboQuantPage:
+    """Refuse what an attention layer tells its implementation only; return the page that the layer is stored in.
+
+    Args:
+        extra: keyword arguments of the layer that a plain decoder layer does not have.
+    """
+    page = TurboQuantPage(get_config(kv_cache_dtype), head_dim)
+    if alibi_slopes is not None:
+        _refuse("Position encoding", "ALiBi", "rotary or none")
+    if num_heads % num_kv_heads:
+        _refuse("Number of query heads", num_heads, f"multiples of the {num_kv_heads} KV heads")
+    unknown = [name for name, value in extra.items() if value is not None]
+    if unknown:
+        _refuse("Attention feature", ", ".join(unknown), "sinks, sliding window, logits soft cap")
+    return page
+
+
+@functools.cache
+def warn_about_version(version: str) -> None:
+    """Say once that this vLLM is not one the package is tested with; what it misses is refused where it is missed."""
+    if not version.startswith(tuple(f"{tested}." for tested in TESTED_VLLM)):
+        logger.warning(
+            "vLLM version with a TurboQuant KV cache: got %s, tested %s; use one of those if something fails.",
+            version, ", ".join(TESTED_VLLM),
+        )  # fmt: skip

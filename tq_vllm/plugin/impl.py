@@ -1,0 +1,162 @@
+"""One attention layer: store this step's keys and values, attend to the cache."""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from tq_vllm.plugin import key_offset as key_offsets
+from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer
+from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
+from tq_vllm.plugin.startup import report_layer
+
+
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    """Calls tq_vllm::store_kv and tq_vllm::attention on the slices of a batch.
+
+    Attributes:
+        key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py).
+        positions: int32 [max_num_tokens], the buffer that the metadata builder fills; None without a key offset.
+
+    Raises:
+        UnsupportedByTurboQuantError: on construction, for attention features that the cache does not have.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks  # [num_heads], filled when the weights are loaded
+        self.page = check_layer(
+            alibi_slopes=alibi_slopes,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=head_size,
+            kv_cache_dtype=kv_cache_dtype,
+            extra=extra,
+        )
+        config = get_current_vllm_config()
+        self.max_model_len = config.model_config.max_model_len
+        cache_config = config.cache_config  # its block size is final only if the user gave one
+        self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
+        self.key_offset: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
+        self.owner: key_offsets.Owner | None = None
+        if self.page.config.key_offset and kv_sharing_target_layer_name is None:
+            key_offsets.watch_for_owners()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Compute the key offset from the loaded weights and report the layer; a reload keeps the tensor's address."""
+        offset, why = key_offsets.compute(self, act_dtype)
+        if self.key_offset is not None and offset is not None:
+            self.key_offset.copy_(offset)
+        else:
+            self.key_offset = offset
+        report_layer(self, act_dtype, why)
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        kv_cache: torch.Tensor,  # uint8 [num_blocks, num_kv_heads, block_size, slot_bytes]
+        slot_mapping: torch.Tensor,  # int64 [num_slots <= num_tokens]
+    ) -> None:
+        positions = None
+        if self.key_offset is not None:
+            metadata = _metadata_of(layer.layer_name)
+            # Graph capture may come without metadata: what it records must read the builder's buffer all the same.
+            positions = (self.positions if metadata is None else metadata.positions)[: key.shape[0]]
+        torch.ops.tq_vllm.store_kv(
+            key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype
+        )  # fmt: skip
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+        key: torch.Tensor | None,  # [num_tokens, num_kv_heads, head_dim]
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend: decodes read everything from codes, prefills their own tokens raw and earlier ones from codes."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "Fused output quantization with a TurboQuant KV cache: got on, allowed off; "
+                "use --compilation-config with fuse_attn_quant off instead."
+            )
+        if attn_metadata is None:  # profiling: there is no cache yet
+            return output.fill_(0)
+        key_offset = self.key_offset
+        if self.kv_sharing_target_layer_name is not None:
+            # This layer reads another layer's cache: the raw key and value it is handed are not what that one stored.
+            key = value = None
+            key_offset = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name].impl.key_offset
+        if attn_metadata.decodes is not None:
+            self._attend(attn_metadata.decodes, query, None, None, kv_cache, key_offset, output)
+        if attn_metadata.prefills is not None:
+            self._attend(attn_metadata.prefills, query, key, value, kv_cache, key_offset, output)
+        return output
+
+    def _attend(
+        self,
+        requests: RequestSlice,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        key_offset: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        rows = requests.tokens
+        torch.ops.tq_vllm.attention(
+            query[rows],
+            None if key is None else key[rows],
+            None if value is None else value[rows],
+            kv_cache,
+            requests.block_table,
+            requests.seq_lens,
+            requests.query_start_loc,
+            key_offset,
+            self.sinks,
+            output[rows],
+            None,
+            self.scale,
+            requests.max_query_len,
+            requests.max_seq_len,
+            self.sliding_window or 0,
+            self.logits_soft_cap,
+            self.kv_cache_dtype,
+        )
+
+
+def _metadata_of(layer_name: str) -> TurboQuantMetadata | None:
+    """The metadata of `layer_name` in this forward pass."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):  # one dict per micro-batch: the base model's is the first
+        metadata = metadata[0]
+    return metadata.get(layer_name) if isinstance(metadata, dict) else metadata

@@ -1,0 +1,142 @@
+"""Key offsets from the weights: what the bias of a key projection looks like after RoPE, averaged over segments.
+
+A key is RoPE(position, W x + b) = RoPE(position, W x) + RoPE(position, b). In Qwen2-style models the second term dwarfs
+the first and takes the codes' range with it. It depends on the position and the weights alone, so it is averaged over
+every segment of 64 positions, subtracted before keys are stored and restored when they are read.
+
+The offset is a function of the checkpoint and of its RoPE parameters. Both are fixed by the model that a prefix cache
+or a KV connector is keyed on, so equal models agree on the offset and it needs no identity of its own.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from tq_vllm.format import SEGMENT_TOKENS
+
+_POSITIONS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The attention layer of an implementation and the module that holds it, its projections and its RoPE."""
+
+    layer: weakref.ref
+    parent: weakref.ref
+
+
+_hook = None
+
+
+def watch_for_owners() -> None:
+    """From now on tell every TurboQuantImpl which module its attention layer becomes a child of.
+
+    An implementation is handed neither its layer nor the projections next to it. PyTorch calls a global hook whenever a
+    module gets a child: it is installed when the first implementation is built and removed when weights are loaded.
+    """
+    global _hook
+    if _hook is None:
+        _hook = register_module_module_registration_hook(_note_owner)
+
+
+def _stop_watching() -> None:
+    global _hook
+    if _hook is not None:
+        _hook.remove()
+        _hook = None
+
+
+def _note_owner(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(child, Attention) and hasattr(child.impl, "owner"):
+        child.impl.owner = Owner(weakref.ref(child), weakref.ref(parent))
+
+
+def compute(impl, dtype: torch.dtype) -> tuple[torch.Tensor | None, str]:
+    """Return the key offset of a layer, [num_segments, num_kv_heads, head_dim] `dtype`, or None, and why.
+
+    Args:
+        impl: TurboQuantImpl after its model's weights were loaded.
+        dtype: of the result; the computation is fp32.
+    """
+    _stop_watching()
+    if not impl.page.config.key_offset:
+        return None, "the preset does not centre keys"
+    if impl.kv_sharing_target_layer_name is not None:
+        return None, f"the cache is that of {impl.kv_sharing_target_layer_name}"
+    parent = impl.owner.parent() if impl.owner is not None else None
+    if parent is None or type(impl.owner.layer()) is not Attention:
+        return None, "the layer is not a plain decoder attention layer of a module"
+    bias = _key_bias(parent, impl)
+    if bias is None:
+        return None, "the key projection has no bias"
+    if norms := [name for name, _ in parent.named_children() if "norm" in name or name.endswith("_ln")]:
+        return None, f"keys are normalised after their bias ({', '.join(norms)})"
+    rotary_emb = getattr(parent, "rotary_emb", None)
+    if not _rotates_by_position_alone(rotary_emb):
+        return None, f"no offset is known for the position encoding {type(rotary_emb).__name__}"
+    num_segments = -(-impl.max_model_len // SEGMENT_TOKENS)
+    return rotated_segment_means(rotary_emb, bias, num_segments).to(dtype), "by the bias of the key projection"
+
+
+def _rotates_by_position_alone(rotary_emb: nn.Module | None) -> bool:
+    """Whether RoPE is a table of angles by position: scaled, YaRN, NTK, partial are; mRoPE, chunked, learned are not."""
+    kind = type(rotary_emb)
+    return (
+        isinstance(rotary_emb, RotaryEmbedding)
+        and kind.forward_native is RotaryEmbedding.forward_native
+        and kind.forward is RotaryEmbedding.forward
+    )
+
+
+def _key_bias(parent: nn.Module, impl) -> torch.Tensor | None:
+    """This rank's bias of the key projection, [num_kv_heads, head_dim], or None.
+
+    vLLM's fused projection keeps query, key and value heads of the rank one after the other.
+    """
+    q_size, kv_size = impl.num_heads * impl.head_size, impl.num_kv_heads * impl.head_size
+    for name, child in parent.named_children():
+        projection = getattr(child, "base_layer", child)  # LoRA wraps layers
+        bias = getattr(projection, "bias", None)
+        if not isinstance(bias, torch.Tensor):
+            continue
+        if isinstance(projection, QKVParallelLinear) and bias.numel() == q_size + 2 * kv_size:
+            return bias.detach()[q_size : q_size + kv_size].view(impl.num_kv_heads, impl.head_size)
+        if name == "k_proj" and bias.numel() == kv_size:
+            return bias.detach().view(impl.num_kv_heads, impl.head_size)
+    return None
+
+
+@torch.no_grad()
+def rotated_segment_means(rotary_emb: RotaryEmbedding, bias: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Mean over each segment's 64 positions of the model's own RoPE of `bias`.
+
+    Positions that the model's table of angles does not reach (no request does either) count as its last one.
+
+    Args:
+        rotary_emb: the layer's RoPE module: scaled, YaRN and partial RoPE come out as the model applies them.
+        bias: [num_kv_heads, head_dim].
+
+    Returns:
+        fp32 [num_segments, num_kv_heads, head_dim].
+    """
+    num_kv_heads, head_dim = bias.shape
+    table = rotary_emb.cos_sin_cache
+    means = []
+    per_chunk = _POSITIONS_PER_CHUNK // SEGMENT_TOKENS
+    try:
+        for first in range(0, num_segments, per_chunk):
+            last = min(first + per_chunk, num_segments)
+            positions = torch.arange(first * SEGMENT_TOKENS, last * SEGMENT_TOKENS, device=bias.device)
+            positions.clamp_(max=table.shape[0] - 1)
+            keys = bias.float().expand(positions.shape[0], num_kv_heads, head_dim).reshape(positions.shape[0], -1)
+            rotated, _ = rotary_emb.forward_native(positions, keys, None)
+            means.append(rotated.view(-1, SEGMENT_TOKENS, num_kv_heads, head_dim).mean(1))
+    finally:
+        rotary_emb.cos_sin_cache = table  # an fp32 query makes the module cast its table for good
+    return torch.cat(means)
