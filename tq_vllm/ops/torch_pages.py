@@ -7,7 +7,7 @@ import torch
 from tq_vllm.config import get_config
 from tq_vllm.core.cache import EncodedKV
 from tq_vllm.core.codebooks import page_centroids
-from tq_vllm.format import TILE_TOKENS, TurboQuantPage, pack_words, unpack_words
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage, pack_words
 
 
 @functools.cache
@@ -71,23 +71,91 @@ def read_tokens(
         key_centroids, value_centroids [n, num_kv_heads, m * block_size, head_dim]; key_scale, value_scale [n,
         num_kv_heads, m * block_size]. Slots never written hold anything: finite centroids, any scale, NaN included.
     """
-    records = tile_records(kv_cache, page)[blocks].transpose(1, 2).flatten(2, 3)  # [n, num_kv_heads, tiles, tile words]
-    word_columns, scale_columns = _columns(page, blocks.device)
-    sections = page.key_sections + page.value_sections
-    words = list(records[..., word_columns].flatten(2, 3).split([s.words for s in sections], -1))
-    key_words, value_words = words[: len(page.key_sections)], words[len(page.key_sections) :]
-    scales = records.view(torch.float16)[..., scale_columns].flatten(2, 3).to(dtype)  # [n, num_kv_heads, tokens, 2]
-    return (
-        _centroids(key_words, page.config.key_bits, page.head_dim, dtype),
-        _centroids(value_words, page.config.value_bits, page.head_dim, dtype),
-        scales[..., 0],
-        scales[..., 1],
+    records = tile_records(kv_cache, page).index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
+    records = records.transpose(1, 2).flatten(2, 3)  # [n, num_kv_heads, tiles, tile_bytes / 4]
+    key_words = [
+        records[..., s.offset // 4 :][..., : TILE_TOKENS * s.words].unflatten(-1, (TILE_TOKENS, s.words))
+        for s in page.key_sections
+    ]
+    value_words = [  # format.value_token_order: token = 8 b + 2 a + c stands at 4 a + 2 b + c
+        records[..., s.offset // 4 :][..., : TILE_TOKENS * s.words]
+        .unflatten(-1, (s.words, 4, 2, 2))
+        .permute(0, 1, 2, 5, 4, 6, 3)
+        .flatten(3, 5)
+        for s in page.value_sections
+    ]
+    halves = records.view(torch.float16)
+    key_scale, value_scale = (
+        halves[..., offset // 2 : offset // 2 + TILE_TOKENS].flatten(2).to(dtype)
+        for offset in (page.key_scale_offset, page.value_scale_offset)
     )
+    key = centroids_of([w.flatten(2, 3) for w in key_words], page.config.key_bits, page.head_dim, dtype)
+    value = centroids_of([w.flatten(2, 3) for w in value_words], page.config.value_bits, page.head_dim, dtype)
+    return key, value, key_scale, value_scale
 
 
-def _centroids(words: list[torch.Tensor], bits: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """Unpack words, one int32 [..., words] a plane, to centroids [..., head_dim]."""
-    codes = unpack_words(words, bits, head_dim)
+# Every width but 8 is brought to words of eight nibbles laid out as in plane 4, and looked up four coordinates at a
+# time. In a plane-4 word, exchanging the signs of coordinates 4, 5 with those of 2, 3 leaves both halves of the word alike:
+# coordinate k (or 4 + k) has its low three bits at 4k and its top bit at _TOP_BIT[k].
+_TOP_BIT = (7, 15, 3, 11)
+
+
+@functools.cache
+def _half_word_table(bits: int, what: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return [65536, 4] of dtype: for the four nibbles of a half word (of `bits`-bit codes)
+
+    "even": the centroid (5 bits: of index 2 * nibble); "step": what the lowest index bit adds to it (5 bits); "top": the
+    nibbles' top bits as 0 and 1.
+    """
+    half = torch.arange(1 << 16)[:, None]
+    low, top = half >> torch.arange(0, 16, 4) & 7, half >> torch.tensor(_TOP_BIT) & 1  # [65536, 4]
+    if what == "top":
+        table = top
+    elif bits == 5:
+        even, odd = (page_centroids(5)[2 * low + lowest + (top << 4)] for lowest in (0, 1))
+        table = even if what == "even" else odd - even
+    else:
+        table = page_centroids(bits)[low % 2**bits | top << (bits - 1)]
+    return table.to(device, dtype).contiguous()
+
+
+def _look_up(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Look up the nibbles of plane-4 words, int32 [..., words]: [..., 8 * words] of the table's dtype."""
+    exchanged = ((words >> 20) ^ words) & 0x0808
+    words = (words ^ exchanged) ^ (exchanged << 20)
+    half = words.view(torch.int16).flatten().to(torch.int32).bitwise_and_(0xFFFF)
+    if table.dtype == torch.float32:  # four floats as one element: a tenth of the time of a look-up by rows
+        found = table.view(torch.complex128).flatten().index_select(0, half).view(torch.float32)
+    else:
+        found = table.index_select(0, half)
+    return found.view(*words.shape[:-1], 8 * words.shape[-1])
+
+
+def _top_bits(plane_1: torch.Tensor) -> torch.Tensor:
+    """Spread words of plane 1, int32 [..., words], to the top bits of plane-4 words, int32 [..., 4 * words]."""
+    bits = torch.stack([plane_1 >> 2 * j for j in range(4)], -1).flatten(-2)
+    return (bits & 0x01010101) << 7 | (bits & 0x02020202) << 2
+
+
+def centroids_of(words: list[torch.Tensor], bits: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack words, one int32 [..., words] a plane of `bits`, to centroids [..., head_dim] of dtype f32 or f64.
+
+    Same as page_centroids(bits)[unpack_words(words, bits, head_dim)], ten times faster on a CPU.
+    """
+    words = [w.contiguous() for w in words]
     if bits == 8:
-        return codes.view(torch.int8).to(dtype)
-    return page_centroids(bits).to(codes.device, dtype)[codes.int()]
+        return words[0].view(torch.int8).to(dtype)
+    num_words = head_dim // 8
+
+    def table(what: str) -> torch.Tensor:
+        return _half_word_table(bits, what, dtype, words[0].device)
+
+    if bits == 5:
+        odd = _look_up(_top_bits(words[1])[..., :num_words], table("top"))
+        return _look_up(words[0], table("even")).addcmul_(odd, _look_up(words[0], table("step")))
+    if bits == 4:
+        return _look_up(words[0], table("even"))
+    nibbles = torch.stack((words[0], words[0] >> 2), -1).flatten(-2)[..., :num_words] & 0x33333333
+    if bits == 3:
+        nibbles |= _top_bits(words[1])[..., :num_words]
+    return _look_up(nibbles, table("even"))
