@@ -31,8 +31,8 @@ class ProdCodes:
 class TurboQuantProd:
     """TurboQuant_prod for vectors of any dimension >= 2 at 1 to 8 bits a coordinate, sketch bit included.
 
-    sketch "gaussian" is the S of the paper, "orthogonal" a random orthogonal matrix, whose error is 1 - 2/pi as large. S
-    acts on the rotated residual: S times a rotation has the law of S. The variance of <q, x^> for unit q and x, times
+    sketch "gaussian" is the S of the paper, "orthogonal" a random orthogonal matrix, whose error is 1 - 2/pi as large.
+    S acts on the rotated residual: S times a rotation has the law of S. The variance of <q, x^> for unit q and x, times
     dim, is pi/2 times the mse distortion of bits - 1 with a Gaussian S: 1.57, .571, .185 and .0543 at 1 to 4 bits for a
     large dimension (the paper prints .047 for 4).
     """

@@ -50,13 +50,14 @@ class Rotation:
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     def _build(self) -> torch.Tensor:
-        matrix = torch.eye(self.head_dim, dtype=torch.float64)
+        if self.kind == "identity":
+            return torch.eye(self.head_dim, dtype=torch.float64)
         if self.kind == "dense":
-            matrix = dense_orthogonal(self.head_dim, self.seed)
-        elif self.kind == "hadamard":
-            step = hadamard_matrix(self.head_dim).to(torch.float64) / math.sqrt(self.head_dim)
-            for signs in self.signs():
-                matrix = step @ (signs[:, None] * matrix)
+            return dense_orthogonal(self.head_dim, self.seed)
+        step = hadamard_matrix(self.head_dim).to(torch.float64) / math.sqrt(self.head_dim)
+        matrix, *more = (step * signs for signs in self.signs())
+        for factor in more:
+            matrix = factor @ matrix
         return matrix
 
     def signs(self) -> torch.Tensor:
