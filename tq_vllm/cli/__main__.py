@@ -1,0 +1,40 @@
+"""The `tq-vllm` command: doctor, capacity, presets."""
+
+import argparse
+import sys
+
+from tq_vllm import __version__
+
+FROM_VLLM = ("torch", "transformers")  # packages that are not requirements of this one: they come with vLLM
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 success, 1 something is wrong (doctor), 2 bad input, said in one sentence on stderr."""
+    parser = _Parser(prog="tq-vllm", description="TurboQuant KV cache for vLLM: what fits, what runs, what is stored.")
+    parser.add_argument("--version", action="version", version=f"tq-vllm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    try:
+        from tq_vllm.cli import capacity, doctor, presets
+
+        for command in (doctor, capacity, presets):
+            command.add_parser(commands)
+        arguments = parser.parse_args(argv)
+        return arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in FROM_VLLM:
+            raise
+        print(f"tq-vllm needs {error.name}, which comes with vLLM: pip install vllm.", file=sys.stderr)
+    except ValueError as error:
+        print(f"tq-vllm {arguments.command}: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""`tq-vllm presets`: what each `--kv-cache-dtype` of the turboquant family stores."""
+
+import argparse
+import json
+
+from tq_vllm.cli.table import print_table
+from tq_vllm.config import PRESETS, TurboQuantConfig
+from tq_vllm.format import TurboQuantPage
+
+HEAD_DIMS = (64, 128)
+PURPOSE = {
+    (4, 4): "default: four bits throughout",
+    (8, 8): "near-lossless; to tell the format's errors from the plugin's",
+    (8, 4): "keys near-lossless, values at four bits",
+    (5, 4): "one more bit for keys, which carry most of the damage",
+    (4, 3): "values cut first: they tolerate fewer bits than keys",
+    (3, 3): "long contexts where memory is short",
+    (2, 2): "smallest; for experiments",
+}
+
+
+def preset_row(config: TurboQuantConfig) -> dict:
+    """One preset: widths, bytes of one token and KV head (scales included), bits a coordinate, ratio to bf16."""
+    slot_bytes = {head_dim: TurboQuantPage(config, head_dim).slot_bytes for head_dim in HEAD_DIMS}
+    return {
+        "name": config.name,
+        "key_bits": config.key_bits,
+        "value_bits": config.value_bits,
+        "bytes_per_token_and_head": {str(d): n for d, n in slot_bytes.items()},
+        "bits_per_coordinate": {str(d): 8 * n / (2 * d) for d, n in slot_bytes.items()},
+        "ratio_to_bf16": {str(d): 4 * d / n for d, n in slot_bytes.items()},
+        "purpose": PURPOSE[config.key_bits, config.value_bits],
+    }
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("presets", help="list the TurboQuant presets", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    rows = [preset_row(config) for config in PRESETS.values()]
+    if arguments.json:
+        print(json.dumps({"presets": rows}, indent=2))
+        return 0
+    columns = ["--kv-cache-dtype", "K bits", "V bits"]
+    columns += [f"{what} d={d}" for d in HEAD_DIMS for what in ("bytes", "bits/coord", "x bf16")]
+    columns += ["for"]
+    print_table(
+        "TurboQuant presets: bytes of one token of one KV head, scales included",
+        columns,
+        [[row["name"], row["key_bits"], row["value_bits"], *_numbers(row), row["purpose"]] for row in rows],
+    )
+    return 0
+
+
+def _numbers(row: dict) -> list[str]:
+    cells = []
+    for d in map(str, HEAD_DIMS):
+        cells += [
+            str(row["bytes_per_token_and_head"][d]),
+            f"{row['bits_per_coordinate'][d]:.3f}",
+            f"{row['ratio_to_bf16'][d]:.2f}",
+        ]
+    return cells
