@@ -1,8 +1,8 @@
 """Which kernel serves a call, and why.
 
-A kernel is a module of this package with a function for each operation it has (`store_kv`, `attention`; arguments as in
-schema.py) and `supports(call) -> str | None`: None, or one sentence fragment that says why it can't serve the call. Modules are
-imported when they are asked, in order of preference; importing one needs neither a GPU nor an optional package.
+A kernel is a module of this package with a function for each operation it has (`store_kv`, `attention`; arguments as
+in schema.py) and `supports(call) -> str | None`: None, or why it can't serve the call and what to do about it. Modules
+are asked in order of preference and imported then; importing one needs neither a GPU nor an optional package.
 """
 
 import functools
@@ -81,7 +81,7 @@ def select(call: Call) -> Choice:
         refusals.append(f"{name}: {refusal}")
     if not refusals:
         refusals = [f"got device type {call.device_type!r}, allowed {', '.join(KERNELS)}"]
-    raise NoKernelError(f"No kernel for {call.op} of {call.preset} at head size {call.head_dim}. {'; '.join(refusals)}.")
+    raise NoKernelError(f"No kernel for {call.op} of {call.preset}, head size {call.head_dim}: {'; '.join(refusals)}.")
 
 
 @functools.cache
@@ -105,7 +105,8 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float, preset: str,
+    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float,
+    preset: str,
 ) -> None:  # fmt: skip
     """Serve tq_vllm::attention with the kernel that `select` names."""
     call = Call(

@@ -1,11 +1,13 @@
-"""The two operations in PyTorch, for any device: the reference of every kernel, and the one that runs without any.
+"""The two operations in PyTorch, for any device: the reference of every kernel, and the one that needs none.
 
-Attention takes query tokens in tiles of one request each and walks over the keys in chunks with an online softmax, so
-that memory stays bounded whatever the batch; tiles are sorted by length and the finished ones dropped. Codes are scored in
-rotated space: queries are rotated once, keys never, and the weighted sum of values is rotated back once a query.
+Attention cuts the queries into tiles, each of one request, and walks over the keys in chunks with an online softmax, so
+that memory stays bounded whatever the batch. Tiles are sorted by length, and those that are done drop out. Codes are
+scored in rotated space: queries are rotated once, keys never, and the weighted sum of values is rotated back once.
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +17,14 @@ from tq_vllm.format import SEGMENT_TOKENS
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page, read_tokens, write_tokens
 
-QUERY_TILE = 128  # query tokens of a tile
-KEY_CHUNK = 512  # keys of a chunk
-WORKSPACE_BYTES = 64 << 20  # of the largest temporaries of one chunk, together
+QUERY_TILE = 128  # query tokens of a tile, at most
+KEY_CHUNKS = (256, 1024)  # keys of a chunk: fewest and most; one block if that is more
+WORKSPACE_BYTES = 4 << 20  # keys, values and scores of a chunk: what a CPU core's cache holds is also what is fastest
+
+
+def supports(call: Call) -> None:
+    """Serve every call."""
+    return None
 
 
 def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: str) -> None:
@@ -26,26 +33,82 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
     kept = (slot_mapping >= 0).nonzero().squeeze(1)  # [num_stored]
     if kept.numel() == 0:
         return
-    if key_offset is not None:
+    if key_offset is not None and positions is not None:
         positions = positions[kept]
     encoded = encode_kv(key[kept], value[kept], page.config, positions, key_offset)
     write_tokens(kv_cache, page, slot_mapping[kept], encoded)
 
 
+def attention(
+    query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
+    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float,
+    preset: str,
+) -> None:  # fmt: skip
+    """Attend queries to the cache and, with key and value, to this step's raw tokens; arguments in schema.py."""
+    step = _Step(
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
+        softmax_scale, sliding_window, logits_soft_cap, preset,
+    )  # fmt: skip
+    block_size, num_kv_heads = kv_cache.shape[2], kv_cache.shape[1]
+    tile_tokens = max(1, min(max_query_len, QUERY_TILE))
+    tiles = _query_tiles(query_start_loc, seq_lens, tile_tokens, key is not None)
+    rows = tile_tokens * query.shape[1] // num_kv_heads
+    bytes_of_key = compute_dtype(query).itemsize * num_kv_heads * 2 * (query.shape[2] + rows)
+    keys = WORKSPACE_BYTES // (bytes_of_key * max(1, len(tiles.request)))  # of a chunk, if all tiles go together
+    keys = min(max(keys, KEY_CHUNKS[0]), KEY_CHUNKS[1], max_seq_len)
+    chunk_blocks = max(1, -(-keys // block_size))
+    tiles_at_once = max(1, WORKSPACE_BYTES // (bytes_of_key * chunk_blocks * block_size))
+    for start in range(0, len(tiles.request), tiles_at_once):
+        step.attend(_Tiles(*(x[start : start + tiles_at_once] for x in tiles)), tile_tokens, chunk_blocks)
+
+
+class _Tiles(NamedTuple):
+    """Query tiles; tokens are counted from the request's first token of this step."""
+
+    request: torch.Tensor  # [num_tiles] int64
+    first: torch.Tensor  # [num_tiles] int64, the tile's first token
+    last: torch.Tensor  # [num_tiles] int64, one past its last token
+    context: torch.Tensor  # [num_tiles] int64, tokens of the request before this step; negative for seq_len 0
+    from_codes: torch.Tensor  # [num_tiles] int64, leading positions to read from codes
+
+
+def _query_tiles(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tile_tokens: int, has_fresh_tokens: bool
+) -> _Tiles:
+    """Cut every request's query tokens into tiles, longest reads first."""
+    query_len = query_start_loc.diff().long()  # [num_reqs]
+    tiles_of = (query_len + tile_tokens - 1) // tile_tokens
+    request = torch.arange(len(tiles_of), device=tiles_of.device).repeat_interleave(tiles_of)
+    first = torch.arange(len(request), device=tiles_of.device) - (tiles_of.cumsum(0) - tiles_of)[request]
+    first *= tile_tokens
+    last = torch.minimum(first + tile_tokens, query_len[request])
+    context = (seq_lens.long() - query_len)[request]
+    from_codes = (context if has_fresh_tokens else context + last).clamp(min=0)
+    order = (from_codes << 32 | last).argsort(descending=True)
+    return _Tiles(request[order], first[order], last[order], context[order], from_codes[order])
+
+
 class _Softmax:
-    """Online softmax of rows over chunks of keys: running maximum, sum of weights and weighted sum of values."""
+    """Online softmax of rows over chunks of keys: running maximum, sum of weights, weighted sum of values."""
 
-    def __init__(self, rows: tuple[int, ...], head_dim: int, like: torch.Tensor):
-        self.maximum = like.new_full((*rows, 1), -math.inf)  # [tiles, num_kv_heads, rows, 1]
-        self.total = like.new_zeros((*rows, 1))
-        self.output = like.new_zeros((*rows, head_dim))
+    def __init__(self, queries: torch.Tensor):
+        """Start with nothing seen for queries [num_tiles, num_kv_heads, rows, head_dim]."""
+        self.maximum = queries.new_full((*queries.shape[:3], 1), -math.inf)
+        self.total = queries.new_zeros((*queries.shape[:3], 1))
+        self.output = torch.zeros_like(queries)
 
-    def add(self, n: int, scores: torch.Tensor, value_scale: torch.Tensor | None, value: torch.Tensor) -> None:
-        """Take scores [n, num_kv_heads, rows, keys] (-inf: not seen) of the first n tiles and values [n, num_kv_heads, keys,
-        head_dim], finite, times value_scale [n, num_kv_heads, 1, keys], finite."""
+    def add(self, scores: torch.Tensor, value: torch.Tensor, value_scale: torch.Tensor | None = None) -> None:
+        """Add a chunk to the first n tiles.
+
+        Args:
+            scores: [n, num_kv_heads, rows, keys], -inf where a key is not seen; overwritten.
+            value: [n, num_kv_heads, keys, head_dim], finite.
+            value_scale: [n, num_kv_heads, 1, keys], finite, or None for 1.
+        """
+        n = len(scores)
         maximum, total, output = self.maximum[:n], self.total[:n], self.output[:n]
         new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
-        pivot = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)  # a row that has seen nothing yet
+        pivot = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)  # rows that have seen nothing yet
         weights = scores.sub_(pivot).exp_()
         old = (maximum - pivot).exp_()
         total.mul_(old).add_(weights.sum(-1, keepdim=True))
@@ -55,110 +118,124 @@ class _Softmax:
         maximum.copy_(new_maximum)
 
 
-def _finite_vectors(x: torch.Tensor) -> torch.Tensor:
-    """Replace vectors that the cache would store as zero (any NaN or inf) by zeros."""
-    return x.masked_fill(~x.isfinite().all(-1, keepdim=True), 0.0)
+@dataclass
+class _Step:
+    """The arguments of `attention`, and the way of one group of tiles through them."""
 
+    query: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    key_offset: torch.Tensor | None
+    sinks: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    softmax_scale: float
+    sliding_window: int
+    logits_soft_cap: float
+    preset: str
 
-def attention(
-    query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float, preset: str,
-) -> None:  # fmt: skip
-    """Attend queries to the cache and, with key and value, to this step's raw tokens; arguments in schema.py."""
-    num_heads, head_dim = query.shape[1:]
-    num_kv_heads = kv_cache.shape[1]
-    group = num_heads // num_kv_heads
-    page = get_page(preset, head_dim)
-    dtype = compute_dtype(query)
-    rotation = get_rotation(head_dim)
-    chunk_blocks = max(1, KEY_CHUNK // kv_cache.shape[2])
-    chunk = chunk_blocks * kv_cache.shape[2]
-    tile_tokens = max(1, min(max_query_len, QUERY_TILE * KEY_CHUNK // chunk))
-
-    # Tiles of query tokens: request, tokens and positions of each, longest first.
-    query_start, query_len = query_start_loc[:-1].long(), query_start_loc.diff().long()  # [num_reqs]
-    tiles_of = (query_len + tile_tokens - 1) // tile_tokens
-    request = torch.arange(len(tiles_of), device=query.device).repeat_interleave(tiles_of)  # [num_tiles]
-    first = (torch.arange(len(request), device=query.device) - (tiles_of.cumsum(0) - tiles_of)[request]) * tile_tokens
-    context_len = seq_lens.long() - query_len
-    last = torch.minimum(first + tile_tokens, query_len[request])  # one past the tile's last token, in its request
-    from_codes = context_len[request] + (last if key is None else 0)  # [num_tiles] keys read from codes
-    order = from_codes.argsort(descending=True, stable=True)
-    request, first, last, from_codes = request[order], first[order], last[order], from_codes[order]
-
-    if len(request) == 0:
-        return
-
-    bytes_of_tile = dtype.itemsize * num_kv_heads * chunk * (2 * head_dim + 2 * group * tile_tokens)
-    tiles_at_once = max(1, WORKSPACE_BYTES // bytes_of_tile)
-    for request_t, first_t, last_t, codes_t in zip(
-        *(x.split(tiles_at_once) for x in (request, first, last, from_codes)), strict=True
-    ):
-        n = len(request_t)
-        index = first_t[:, None] + torch.arange(tile_tokens, device=query.device)  # [n, tile_tokens] token in its request
-        real = index < last_t[:, None]
-        token = (query_start[request_t, None] + index).clamp(max=len(query) - 1)
-        position = (context_len[request_t, None] + index).repeat_interleave(group, 1)[:, None, :, None]  # [n, 1, rows, 1]
-        q = query[token].to(dtype) * softmax_scale  # [n, tile_tokens, num_heads, head_dim]
-        q = q.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3)  # [n, num_kv_heads, rows, head_dim]
-        softmax = _Softmax(q.shape[:3], head_dim, q)
-
-        def mask(scores, keys, limit, position):
-            """Soft cap, then -inf where a row [n, 1, rows, 1] must not see a key [keys]; limit int64 [n]."""
-            if logits_soft_cap > 0:
-                scores = (scores / logits_soft_cap).tanh_().mul_(logits_soft_cap)
-            seen = (keys <= position) & (keys < limit[:, None, None, None])
-            if sliding_window > 0:
-                seen &= keys > position - sliding_window
-            return torch.where(seen, scores, -math.inf)
-
-        lengths = codes_t.tolist()
-        start = 0
-        if sliding_window > 0:
-            start = max(0, int(position[:, 0, 0].min()) - sliding_window + 1) // chunk * chunk
-        q_rotated = rotation.forward(q)
-        for start in range(start, max(lengths), chunk):
-            m = sum(length > start for length in lengths)  # tiles with keys left
-            keys = torch.arange(start, start + chunk, device=query.device)
-            columns = torch.arange(start // chunk * chunk_blocks, (start // chunk + 1) * chunk_blocks, device=query.device)
-            blocks = block_table[request_t[:m]][:, columns.clamp_(max=block_table.shape[1] - 1)]
-            blocks = blocks.long().clamp_(0, kv_cache.shape[0] - 1)  # entries past a request's end hold anything
-            k, v, key_scale, value_scale = read_tokens(kv_cache, page, blocks, dtype)
-            written = (keys < codes_t[:m, None])[:, None]  # [m, 1, chunk]
-            key_scale, value_scale = (torch.where(written, s, 0.0)[:, :, None] for s in (key_scale, value_scale))
-            scores = (q_rotated[:m] @ k.transpose(2, 3)).mul_(key_scale)
-            if key_offset is not None:
-                segment = torch.div(keys, SEGMENT_TOKENS, rounding_mode="floor")
-                offset = key_offset[segment[::1].unique().clamp(max=key_offset.shape[0] - 1)].to(dtype)
-                of_segment = torch.einsum("nhrd,shd->nhrs", q[:m], offset)  # [m, num_kv_heads, rows, segments]
-                scores += of_segment[..., segment - segment[0]]
-            softmax.add(m, mask(scores, keys, codes_t[:m], position[:m]), value_scale, v)
+    def attend(self, tiles: _Tiles, tile_tokens: int, chunk_blocks: int) -> None:
+        """Compute and write the rows of `tiles`."""
+        _, num_heads, head_dim = self.query.shape
+        num_kv_heads = self.kv_cache.shape[1]
+        group = num_heads // num_kv_heads
+        rotation = get_rotation(head_dim)
+        index = tiles.first[:, None] + torch.arange(tile_tokens, device=self.query.device)  # [n, tile_tokens]
+        token = self._rows_of(tiles, index)
+        queries = self.query[token].to(compute_dtype(self.query)) * self.softmax_scale
+        # A row is (query token, query head of the KV head's group): [n, num_kv_heads, rows, head_dim].
+        queries = queries.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3)
+        row_index = index.repeat_interleave(group, 1)[:, None, :, None]  # [n, 1, rows, 1]
+        softmax = _Softmax(queries)
+        self._add_codes(softmax, tiles, row_index, queries, rotation.forward(queries), chunk_blocks)
         softmax.output = rotation.inverse(softmax.output)
+        if self.key is not None:
+            self._add_fresh(softmax, tiles, row_index, queries)
 
-        if key is not None:
-            for start in range(0, int(last_t.max()), KEY_CHUNK):
-                index = torch.arange(start, start + KEY_CHUNK, device=query.device)  # [keys], token in its request
-                token_k = (query_start[request_t, None] + index).clamp(max=len(key) - 1)
-                k, v = (_finite_vectors(x[token_k].to(dtype)).transpose(1, 2) for x in (key, value))
-                scores = (q @ k.transpose(2, 3))  # [n, num_kv_heads, rows, keys]
-                relative = position - context_len[request_t, None, None, None]
-                limit = last_t * (seq_lens[request_t] > 0)
-                softmax.add(n, mask(scores, index, limit, relative), None, v)
-
-        logsumexp = softmax.maximum + softmax.total.log()  # [n, num_kv_heads, rows, 1]
-        total = softmax.total
-        if sinks is not None:
-            sink = sinks.to(dtype).view(num_kv_heads, 1, group).expand(-1, tile_tokens, -1).reshape(num_kv_heads, -1, 1)
+        total = softmax.total  # [n, num_kv_heads, rows, 1]
+        lse = softmax.maximum + total.log()
+        if self.sinks is not None:
+            sinks = self.sinks.to(queries.dtype).view(num_kv_heads, 1, group).expand(-1, tile_tokens, -1)
             pivot = softmax.maximum.masked_fill(softmax.maximum == -math.inf, 0.0)
-            total = total + (sink - pivot).exp()
-        result = torch.where(softmax.total == 0, 0.0, softmax.output / total)
-        result = result.unflatten(2, (tile_tokens, group)).transpose(1, 2).flatten(2, 3)  # [n, tile_tokens, num_heads, d]
-        out[token[real]] = result[real].to(out.dtype)
-        if lse is not None:
-            logsumexp = logsumexp[..., 0].unflatten(2, (tile_tokens, group)).transpose(1, 2).flatten(2, 3)
-            lse[:, token[real]] = logsumexp[real].t().to(lse.dtype)
+            total = total + (sinks.reshape(num_kv_heads, -1, 1) - pivot).exp()
+        out = torch.where(total == 0, 0.0, softmax.output / total)
+        out, lse = (x.unflatten(2, (tile_tokens, group)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
+        real = index < tiles.last[:, None]  # [n, tile_tokens]
+        self.out[token[real]] = out[real].to(self.out.dtype)
+        if self.lse is not None:
+            self.lse[:, token[real]] = lse[real].squeeze(-1).t().to(self.lse.dtype)
 
+    def _rows_of(self, tiles: _Tiles, index: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `query` and `key` of tokens [n or 1, tokens] of the tiles' requests: [n, tokens]."""
+        return (self.query_start_loc[tiles.request, None] + index).clamp(max=len(self.query) - 1)
 
-def supports(call: Call) -> None:
-    """Serve every call."""
-    return None
+    def _add_codes(self, softmax, tiles: _Tiles, row_index, queries, rotated, chunk_blocks: int) -> None:
+        """Add the positions before `from_codes`, chunk by chunk; queries and rotated [n, num_kv_heads, rows, d]."""
+        page = get_page(self.preset, queries.shape[-1])
+        position = tiles.context[:, None, None, None] + row_index  # [n, 1, rows, 1]
+        ends = tiles.from_codes.tolist()
+        seen_by_all = torch.minimum(tiles.from_codes, tiles.context + tiles.first + 1).tolist()
+        chunk = chunk_blocks * self.kv_cache.shape[2]
+        skipped = 0
+        if self.sliding_window > 0 and ends:
+            skipped = max(0, int((tiles.context + tiles.first).min()) - self.sliding_window + 1) // chunk * chunk
+        for start in range(skipped, max(ends, default=0), chunk):
+            n = sum(end > start for end in ends)
+            keys = torch.arange(start, start + chunk, device=queries.device)
+            end = tiles.from_codes[:n, None]  # [n, 1]
+            blocks = start // chunk * chunk_blocks + torch.arange(chunk_blocks, device=keys.device)
+            blocks = self.block_table[tiles.request[:n, None], blocks.clamp_(max=self.block_table.shape[1] - 1)]
+            blocks = blocks.long().clamp_(0, len(self.kv_cache) - 1)  # entries past a request's end hold anything
+            k, v, key_scale, value_scale = read_tokens(self.kv_cache, page, blocks, queries.dtype)
+            if start + chunk > ends[n - 1]:  # slots past a request's end hold anything, NaN scales included
+                written = (keys < end)[:, None]  # [n, 1, keys]
+                key_scale, value_scale = (torch.where(written, s, 0.0) for s in (key_scale, value_scale))
+            scores = (rotated[:n] @ k.transpose(2, 3)).mul_(key_scale[:, :, None])
+            if self.key_offset is not None:
+                scores += self._offset_scores(queries[:n], start, chunk)
+            self._cap(scores)
+            if self.sliding_window > 0 or start + chunk > min(seen_by_all[:n]):
+                self._hide(scores, keys, position[:n], end)
+            softmax.add(scores, v, value_scale[:, :, None])
+
+    def _offset_scores(self, queries: torch.Tensor, start: int, num_keys: int) -> torch.Tensor:
+        """Return q . key_offset of positions start .. start + num_keys - 1: [n, num_kv_heads, rows, num_keys]."""
+        position = torch.arange(start, start + num_keys, device=queries.device)
+        segment = torch.div(position, SEGMENT_TOKENS, rounding_mode="floor").clamp_(max=len(self.key_offset) - 1)
+        first = min(start // SEGMENT_TOKENS, len(self.key_offset) - 1)
+        last = min((start + num_keys - 1) // SEGMENT_TOKENS, len(self.key_offset) - 1)
+        offset = self.key_offset[first : last + 1].to(queries.dtype)  # [segments, num_kv_heads, head_dim]
+        return (queries @ offset.permute(1, 2, 0)).index_select(-1, segment - first)
+
+    def _add_fresh(self, softmax: _Softmax, tiles: _Tiles, row_index, queries) -> None:
+        """Add this step's raw tokens; a vector that the cache would store as zero (NaN or inf in it) counts as zero."""
+        # A request of length 0 (padding of a captured graph) attends nothing, itself included.
+        visible = torch.where(tiles.context + tiles.last > 0, tiles.last, 0)
+        ends = visible.tolist()
+        for start in range(0, max(ends), KEY_CHUNKS[0]):
+            n = max(i for i, end in enumerate(ends) if end > start) + 1
+            keys = torch.arange(start, min(start + KEY_CHUNKS[0], max(ends)), device=queries.device)
+            row = self._rows_of(_Tiles(*(x[:n] for x in tiles)), keys)
+            k, v = (x[row].to(queries.dtype) for x in (self.key, self.value))  # [n, keys, num_kv_heads, head_dim]
+            k, v = (x.masked_fill(~x.sum(-1, keepdim=True).isfinite(), 0.0).transpose(1, 2) for x in (k, v))
+            scores = queries[:n] @ k.transpose(2, 3)
+            self._cap(scores)
+            self._hide(scores, keys, row_index[:n], visible[:n, None])
+            softmax.add(scores, v)
+
+    def _cap(self, scores: torch.Tensor) -> None:
+        """Apply the soft cap in place."""
+        if self.logits_soft_cap > 0:
+            scores.div_(self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
+
+    def _hide(self, scores: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, end: torch.Tensor) -> None:
+        """Set scores [n, num_kv_heads, rows, keys] to -inf where keys [keys] are after rows [n, 1, rows, 1], at or past
+        end [n, 1], or out of the window."""
+        hidden = (keys > rows) | (keys >= end)[:, None, None]  # [n, 1, rows, keys]
+        if self.sliding_window > 0:
+            hidden |= keys <= rows - self.sliding_window
+        scores.masked_fill_(hidden, -math.inf)

@@ -25,8 +25,9 @@ def tile_records(kv_cache: torch.Tensor, page: TurboQuantPage) -> torch.Tensor:
     num_blocks, num_kv_heads, block_size, slot_bytes = kv_cache.shape
     if kv_cache.dtype != torch.uint8 or slot_bytes != page.slot_bytes or block_size % TILE_TOKENS:
         raise ValueError(
-            f"kv_cache of {page.config.name} at head size {page.head_dim}: got {kv_cache.dtype} {tuple(kv_cache.shape)}, "
-            f"allowed uint8 [num_blocks, num_kv_heads, a multiple of {TILE_TOKENS}, {page.slot_bytes}]."
+            f"kv_cache of {page.config.name} at head size {page.head_dim}: got {kv_cache.dtype} "
+            f"{tuple(kv_cache.shape)}, allowed uint8 [num_blocks, num_kv_heads, a multiple of {TILE_TOKENS}, "
+            f"{page.slot_bytes}]."
         )
     regions = kv_cache.view(num_blocks, num_kv_heads, block_size * slot_bytes)
     return regions.view(torch.int32).view(num_blocks, num_kv_heads, block_size // TILE_TOKENS, page.tile_bytes // 4)
@@ -54,10 +55,10 @@ def write_tokens(kv_cache: torch.Tensor, page: TurboQuantPage, slots: torch.Tens
     block = torch.div(slots, block_size, rounding_mode="floor")[:, None, None]  # [num_tokens, 1, 1]
     tile = torch.div(slots % block_size, TILE_TOKENS, rounding_mode="floor")[:, None, None]
     head = torch.arange(kv_cache.shape[1], device=slots.device)[None, :, None]  # [1, num_kv_heads, 1]
-    words = torch.cat(
-        pack_words(encoded.key_codes, page.config.key_bits) + pack_words(encoded.value_codes, page.config.value_bits), -1
-    )  # [num_tokens, num_kv_heads, num_words] int32
-    scales = torch.stack((encoded.key_scale, encoded.value_scale), -1).to(torch.float16)  # [num_tokens, num_kv_heads, 2]
+    key_words = pack_words(encoded.key_codes, page.config.key_bits)
+    value_words = pack_words(encoded.value_codes, page.config.value_bits)
+    words = torch.cat(key_words + value_words, -1)  # [num_tokens, num_kv_heads, num_words] int32
+    scales = torch.stack((encoded.key_scale, encoded.value_scale), -1).to(torch.float16)  # [.., num_kv_heads, 2]
     records.index_put_((block, head, tile, word_columns[token][:, None]), words)
     records.view(torch.int16).index_put_((block, head, tile, scale_columns[token][:, None]), scales.view(torch.int16))
 
@@ -95,8 +96,8 @@ def read_tokens(
 
 
 # Every width but 8 is brought to words of eight nibbles laid out as in plane 4, and looked up four coordinates at a
-# time. In a plane-4 word, exchanging the signs of coordinates 4, 5 with those of 2, 3 leaves both halves of the word alike:
-# coordinate k (or 4 + k) has its low three bits at 4k and its top bit at _TOP_BIT[k].
+# time. In a plane-4 word, exchanging the signs of coordinates 4, 5 with those of 2, 3 leaves both halves of the word
+# alike: coordinate k (or 4 + k) has its low three bits at 4k and its top bit at _TOP_BIT[k].
 _TOP_BIT = (7, 15, 3, 11)
 
 
@@ -104,8 +105,8 @@ _TOP_BIT = (7, 15, 3, 11)
 def _half_word_table(bits: int, what: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return [65536, 4] of dtype: for the four nibbles of a half word (of `bits`-bit codes)
 
-    "even": the centroid (5 bits: of index 2 * nibble); "step": what the lowest index bit adds to it (5 bits); "top": the
-    nibbles' top bits as 0 and 1.
+    "even": the centroid (5 bits: of index 2 * nibble); "step": what the lowest index bit adds to it (5 bits);
+    "top": the nibbles' top bits as 0 and 1.
     """
     half = torch.arange(1 << 16)[:, None]
     low, top = half >> torch.arange(0, 16, 4) & 7, half >> torch.tensor(_TOP_BIT) & 1  # [65536, 4]
