@@ -1,0 +1,64 @@
+"""Writes csrc/codebook.cuh and csrc/rotation_tables.cuh from tq_vllm.core; `python csrc/generate_tables.py` from the top."""
+
+from pathlib import Path
+
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.core.hadamard import base_matrix
+from tq_vllm.core.rotations import get_rotation
+from tq_vllm.format import SUPPORTED_HEAD_DIMS
+
+HEADER = "// Written by csrc/generate_tables.py from tq_vllm/core; do not edit.\n#pragma once\n\n#include <cstdint>\n\nnamespace tq {\n"
+
+
+def _switch(name: str, comment: str, rows: dict[int, list[str]], value_type: str) -> str:
+    """A constexpr function name<KEY>(i) over tables of literals, one table a key."""
+    cases = "".join(
+        f"template <> struct {name}Table<{key}> {{\n  static constexpr int COUNT = {len(row)};\n"
+        f"  __host__ __device__ static constexpr {value_type} at(int i) {{\n"
+        f"    constexpr {value_type} table[] = {{{', '.join(row)}}};\n    return table[i];\n  }}\n}};\n"
+        for key, row in rows.items()
+    )
+    return f"\n{comment}\ntemplate <int KEY> struct {name}Table;\n{cases}"
+
+
+def codebook() -> str:
+    levels = {bits: [str(m) for m in row] for bits, row in PAGE_LEVELS.items()}
+    steps = {
+        bits: [str(a + b + 1) for a, b in zip(row[:-1], row[1:], strict=True)] for bits, row in PAGE_LEVELS.items()
+    }
+    units = "".join(
+        f"template <> struct Unit<{bits}> {{ static constexpr float VALUE = {unit.hex()}f; }};\n"
+        for bits, unit in PAGE_UNIT.items()
+    )
+    return (
+        HEADER
+        + _switch("Level", "// m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.", levels, "int")
+        + _switch("Step", "// Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
+        + "\n// The unit of a width: 12 significant bits.\ntemplate <int BITS> struct Unit;\n"
+        + units
+        + "\n}  // namespace tq\n"
+    )
+
+
+def rotation_tables() -> str:
+    signs, mixes = {}, {}
+    for head_dim in SUPPORTED_HEAD_DIMS:
+        negative = (get_rotation(head_dim).signs()[0] < 0).tolist()  # [head_dim]
+        words = [sum(negative[i + b] << b for b in range(min(32, head_dim - i))) for i in range(0, head_dim, 32)]
+        signs[head_dim] = [f"0x{word:08x}u" for word in words]
+    for order in (12, 20, 28):
+        rows = base_matrix(order).tolist()
+        mixes[order] = [f"0x{sum((entry < 0) << c for c, entry in enumerate(row)):08x}u" for row in rows]
+    return (
+        HEADER
+        + _switch("Sign", "// Random signs of the rotation, KEY = head_dim: bit c % 32 of word c / 32 set = coordinate c is "
+                  "negated.", signs, "uint32_t")
+        + _switch("Base", "// Base Hadamard matrix, KEY = order: bit c of word r set = entry (r, c) is -1.", mixes, "uint32_t")
+        + "\n}  // namespace tq\n"
+    )
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    (here / "codebook.cuh").write_text(codebook())
+    (here / "rotation_tables.cuh").write_text(rotation_tables())
