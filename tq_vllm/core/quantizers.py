@@ -21,7 +21,9 @@ from tq_vllm.core.packing import pack_codes, unpack_codes
 from tq_vllm.core.rotations import Rotation, default_rotation, get_rotation
 
 FLOAT16_MAX = 65504.0
-_CANDIDATE_ELEMENTS = 1 << 18  # elements of a [vectors, candidates, head_dim] block: it stays in a core's L2
+# Elements of a [vectors, candidates, head_dim] block of the search. On a CPU a block this small stays in a core's cache
+# and its memory is reused: three times faster than blocks of four times the size.
+_BLOCK_ELEMENTS_CPU, _BLOCK_ELEMENTS_GPU = 1 << 16, 1 << 22
 
 
 @functools.cache
@@ -38,26 +40,26 @@ def _levels_by_ratio(bits: int, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 def _search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
-    """Return (codes, <u, c>, |c|^2) of the scale candidate with the largest cosine <u, c>/|c|; the first wins ties.
+    """Return (codes, <u, c>, |c|) of the scale candidate with the largest cosine <u, c>/|c|; the first wins ties.
 
-    u [n, d] f32 -> codes [n, d] uint8, dot [n] f32, square [n] f32. A candidate s takes the nearest centroid to u / s.
+    u [n, d] f32 -> codes [n, d] uint8, dot [n] f32, length [n] f32. A candidate s takes the nearest centroid to u / s.
     """
     index_table, magnitude_table = _levels_by_ratio(bits, u.device)
     units = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None] * PAGE_UNIT[bits]
     magnitude = u.abs()[:, None, :]  # [n, 1, d]
     cell = (magnitude / units).clamp_(max=len(index_table) - 1).to(torch.int32)  # [n, candidates, d]
     c = magnitude_table.index_select(0, cell.flatten()).view(cell.shape)
-    dot, square = (c * magnitude).sum(-1), c.square().sum(-1)  # [n, candidates]
-    best = (dot / square.sqrt()).argmax(-1, keepdim=True)  # [n, 1]
+    dot, length = (c * magnitude).sum(-1), torch.linalg.vector_norm(c, dim=-1)  # [n, candidates]
+    best = (dot / length).argmax(-1, keepdim=True)  # [n, 1]
     cell = cell.gather(1, best[:, :, None].expand(-1, 1, u.shape[-1])).flatten()
     codes = index_table.index_select(0, cell).view(u.shape) + ((u < 0).to(torch.uint8) << (bits - 1))
-    return codes, dot.gather(1, best)[:, 0], square.gather(1, best)[:, 0]
+    return codes, dot.gather(1, best)[:, 0], length.gather(1, best)[:, 0]
 
 
 def normalise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (u f32 [..., d] of unit variance, norm f32 [...]) of y [..., d]; both 0 if y is zero or not finite."""
     y = y.to(torch.float32)
-    norm = y.square().sum(-1).sqrt()
+    norm = torch.linalg.vector_norm(y, dim=-1)
     empty = ~norm.isfinite() | (norm == 0)
     u = (y * (math.sqrt(y.shape[-1]) / norm)[..., None]).masked_fill_(empty[..., None], 0.0)
     return u, norm.masked_fill_(empty, 0.0)
@@ -80,14 +82,15 @@ def encode_vectors(
     if bits == 8:
         largest = u.abs().amax(-1, keepdim=True).clamp_(min=1.0)  # a stored row has a coordinate of at least 1
         c = (u * (127.0 / largest)).round_()
-        codes, square = c.to(torch.int8).view(torch.uint8), c.square().sum(-1).clamp_(min=1.0)
-        scale = norm / square.sqrt()
+        codes = c.to(torch.int8).view(torch.uint8)
+        scale = norm / torch.linalg.vector_norm(c, dim=-1).clamp_(min=1.0)
     else:
-        rows_at_once = max(1, _CANDIDATE_ELEMENTS // (len(scale_search) * dim))
-        parts = [_search_codes(part, bits, scale_search) for part in u.split(rows_at_once)]
-        codes, dot, square = (torch.cat(part) for part in zip(*parts, strict=True))
+        block = _BLOCK_ELEMENTS_CPU if u.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+        rows = max(1, block // (len(scale_search) * dim))
+        parts = [_search_codes(part, bits, scale_search) for part in u.split(rows)]
+        codes, dot, length = (torch.cat(part) for part in zip(*parts, strict=True))
         if scale_rule == "norm":
-            scale = norm / square.sqrt()
+            scale = norm / length
         elif scale_rule == "unbiased":
             scale = norm * math.sqrt(dim) / dot
         else:
