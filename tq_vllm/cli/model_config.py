@@ -75,12 +75,17 @@ def transformers_config(config: dict):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # advice about keys, which is not the reader's to follow
     model_type = config["model_type"]
-    is_known = model_type in CONFIG_MAPPING  # a lazy mapping: its get() knows no class
-    config_class = CONFIG_MAPPING[model_type] if is_known else PretrainedConfig
     try:
-        return config_class.from_dict(config)
+        if model_type in CONFIG_MAPPING:
+            return CONFIG_MAPPING[model_type].from_dict(config)
+        plain = PretrainedConfig()
+        for key, value in config.items():
+            setattr(plain, key, value)
+        return plain
     except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(f"transformers refuses this {model_type} config.json: {reason}.") from None
@@ -212,7 +217,7 @@ def _max_model_len(text) -> int:
 
 
 def _rope_parameters(text) -> list[dict]:
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return [r for r in rope.values() if isinstance(r, dict)] if "rope_type" not in rope else [rope]
 
 

@@ -1,0 +1,90 @@
+"""The block arithmetic against vLLM's own functions, for uniform models and for mixtures with sliding windows."""
+
+import importlib
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tq_vllm.cli.kv_blocks import plan_blocks
+from tq_vllm.cli.model_config import ModelShape
+
+kv_cache_interface = pytest.importorskip("vllm.v1.kv_cache_interface", reason="the oracle is vLLM itself")
+UTILS = importlib.import_module("vllm.v1.core.kv_cache_utils")
+# 0.33 has the planning in a module of its own.
+PLANNING = "vllm.v1.core.kv_cache_planning"
+PLANNING = importlib.import_module(PLANNING) if importlib.util.find_spec(PLANNING) else UTILS
+
+
+def shape_of(num_full_layers: int, num_sliding_layers: int, sliding_window: int, num_kv_heads: int) -> ModelShape:
+    return ModelShape(
+        "llama", num_full_layers, num_sliding_layers, sliding_window, 0, 0, 32, num_kv_heads, 128, 8192, False
+    )
+
+
+def vllm_blocks(shape, slot_bytes: int, block_size: int, memory: int, max_model_len: int, in_flight: int):
+    """(num_blocks, tokens, concurrency, blocks that vLLM says a longest sequence and the null block need), by vLLM."""
+    vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+            get_resolved_kv_cache_layout=lambda: kv_cache_interface.KVCacheLayout.LBHNC,
+        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+        speculative_config=None,
+        max_in_flight_tokens=in_flight,
+    )
+    common = dict(
+        block_size=block_size, num_kv_heads=shape.num_kv_heads, head_size=128, dtype=torch.uint8,
+        state_content_bytes=slot_bytes,
+    )  # fmt: skip
+    full = kv_cache_interface.FullAttentionSpec(**common)
+    sliding = kv_cache_interface.SlidingWindowSpec(**common, sliding_window=shape.sliding_window or 1)
+    specs = {f"full.{i}": full for i in range(shape.num_full_layers)}
+    specs |= {f"sliding.{i}": sliding for i in range(shape.num_sliding_layers)}
+    groups = PLANNING.get_kv_cache_groups(vllm_config, specs)
+    config = PLANNING.get_kv_cache_config_from_groups(vllm_config, groups, memory)
+    tokens, concurrency = UTILS.get_kv_cache_capacity(vllm_config, config)
+    bytes_per_block = PLANNING._pool_bytes_per_block(vllm_config, groups)
+    needed = sum(
+        -(-g.kv_cache_spec.max_memory_usage_bytes(vllm_config) // g.kv_cache_spec.page_size_bytes) for g in groups
+    )
+    return config.num_blocks, tokens, concurrency, (needed + 1) * bytes_per_block <= memory
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_full_layers=st.integers(0, 40),
+    num_sliding_layers=st.integers(0, 40),
+    sliding_window=st.integers(1, 5000),
+    num_kv_heads=st.integers(1, 16),
+    slot_bytes=st.integers(36, 600),
+    block_size=st.sampled_from((16, 32, 64, 128)),
+    memory=st.integers(1, 2**36),
+    max_model_len=st.integers(1, 200_000),
+    in_flight=st.sampled_from((2048, 16384)),
+)
+def test_equals_vllm_to_the_block(
+    num_full_layers, num_sliding_layers, sliding_window, num_kv_heads, slot_bytes, block_size, memory, max_model_len,
+    in_flight,
+):  # fmt: skip
+    if num_full_layers + num_sliding_layers == 0:
+        num_full_layers = 1
+    shape = shape_of(num_full_layers, num_sliding_layers, sliding_window, num_kv_heads)
+    got = plan_blocks(shape, num_kv_heads * slot_bytes, block_size, memory, max_model_len, in_flight)
+    expected = vllm_blocks(shape, slot_bytes, block_size, memory, max_model_len, in_flight)
+    assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected
+
+
+def test_longest_sequence_is_the_last_that_vllm_would_accept():
+    shape = shape_of(4, 20, 1024, 8)
+    plan = plan_blocks(shape, 8 * 132, 64, 2**28, 131072, 2048)
+    assert not plan.fits and 0 < plan.longest_sequence < 131072
+    accepted = [vllm_blocks(shape, 132, 64, 2**28, plan.longest_sequence + more, 2048)[3] for more in (0, 1)]
+    assert accepted == [True, False]
