@@ -50,7 +50,10 @@ def base_matrix(order: int) -> torch.Tensor:
 
 
 def hadamard_matrix(dim: int) -> torch.Tensor:
-    """Return the +1/-1 matrix int64 [dim, dim]: kron(base_matrix(base), Sylvester matrix of order 2**power)."""
+    """Return the +1/-1 matrix int64 [dim, dim]: kron(base_matrix(base), Sylvester matrix of order 2**power).
+
+    So the butterflies run inside each run of 2**power neighbouring coordinates, and the base matrix mixes the runs.
+    """
     base, power = hadamard_factors(dim)
     matrix = base_matrix(base)
     for _ in range(power):

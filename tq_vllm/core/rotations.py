@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from tq_vllm.core.hadamard import BASE_ORDERS, hadamard_matrix
+from tq_vllm.core.hadamard import hadamard_factors, hadamard_matrix
 from tq_vllm.core.splitmix import random_gaussian, random_signs
 
 KINDS = ("hadamard", "dense", "identity")
@@ -18,7 +18,11 @@ KINDS = ("hadamard", "dense", "identity")
 
 def default_rotation(dim: int) -> str:
     """Return "hadamard" where `hadamard_matrix(dim)` exists, else "dense": the rule for any dimension."""
-    return "hadamard" if any(dim % b == 0 and (dim // b).bit_count() == 1 for b in BASE_ORDERS) else "dense"
+    try:
+        hadamard_factors(dim)
+    except ValueError:
+        return "dense"
+    return "hadamard"
 
 
 def dense_orthogonal(dim: int, seed: int) -> torch.Tensor:
