@@ -18,8 +18,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tq_vllm.cli.config_file import read_config
 from tq_vllm.cli.demo_model import NAME, cache_dir, demo_model
-from tq_vllm.cli.model_config import ModelNotFoundError, UnsupportedModelError, model_shape, read_config
+from tq_vllm.cli.model_config import model_shape
 from tq_vllm.cli.progress import StatusLine, StepFailed
 from tq_vllm.config import PRESETS, get_config
 from tq_vllm.format import TurboQuantPage
@@ -142,7 +143,7 @@ def cache_line(model: str, kv_cache_dtype: str, tokens: int) -> str:
         return f"vLLM's own {kv_cache_dtype} cache, {tokens:,} tokens fit"
     try:
         shape = model_shape(read_config(model)[0])
-    except (ModelNotFoundError, UnsupportedModelError):
+    except ValueError:  # a configuration that vLLM reads and the capacity command does not: say less
         return f"{kv_cache_dtype} cache, {tokens:,} tokens fit"
     config = get_config(kv_cache_dtype)
     slots = (shape.num_full_layers + shape.num_sliding_layers) * shape.num_kv_heads  # of one token
