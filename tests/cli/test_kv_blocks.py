@@ -82,6 +82,21 @@ def test_equals_vllm_to_the_block(
     assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected
 
 
+def test_groups_of_every_mixture():
+    for num_full_layers in range(13):
+        for num_sliding_layers in range(13 if num_full_layers else 0):
+            shape = shape_of(num_full_layers, num_sliding_layers, 100, 2)
+            got = plan_blocks(shape, 2 * 132, 16, 10**8, 4096, 256)
+            expected = vllm_blocks(shape, 132, 16, 10**8, 4096, 256)
+            assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected, shape
+
+
+def test_tokens_carry_the_rounding_of_floats():
+    shape = shape_of(1, 0, 0, 1)  # one block of 16 tokens is 1/49 of a sequence: vLLM says 15 tokens
+    plan = plan_blocks(shape, 132, 16, 16 * 132, 49 * 16, 0)
+    assert plan.num_tokens == vllm_blocks(shape, 132, 16, 16 * 132, 49 * 16, 0)[1] == 15
+
+
 def test_longest_sequence_is_the_last_that_vllm_would_accept():
     shape = shape_of(4, 20, 1024, 8)
     plan = plan_blocks(shape, 8 * 132, 64, 2**28, 131072, 2048)
