@@ -32,6 +32,7 @@ class Batch:
     with_offset: bool = False
     fresh: bool = True
     padding: int = 0
+    share: tuple[tuple[int, int], ...] = ()  # (request, tokens): leading tokens, whole blocks, shared with request 0
     seed: int = 0
     dtype: torch.dtype = torch.float32
 
@@ -42,6 +43,8 @@ class Batch:
         self.config = get_config(self.preset)
         self.keys = [self.normal(n, self.num_kv_heads, self.head_dim) for n in self.seq_lens]
         self.values = [self.normal(n, self.num_kv_heads, self.head_dim) for n in self.seq_lens]
+        for request, n in self.share:
+            self.keys[request][:n], self.values[request][:n] = self.keys[0][:n], self.values[0][:n]
         num_tokens = sum(self.query_lens) + self.padding
         self.query = self.normal(num_tokens, self.num_heads, self.head_dim)
         self.sinks = self.normal(self.num_heads) if self.with_sinks else None
@@ -71,6 +74,8 @@ class Batch:
         self.block_table = torch.full((len(blocks_of), max(blocks_of, default=0) + 2), -7, dtype=torch.int32)
         for row, n in enumerate(blocks_of):
             self.block_table[row, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
+        for request, n in self.share:
+            self.block_table[request, : n // self.block_size] = self.block_table[0, : n // self.block_size]
 
     def slots(self, request, positions):
         return self.block_table[request, positions // self.block_size].long() * self.block_size + (
@@ -89,9 +94,9 @@ class Batch:
         return torch.cat((*rows, torch.full((self.padding, *sequences[0].shape[1:]), math.nan, dtype=self.dtype)))
 
     def fill(self):
-        """Write every token, one call a request."""
+        """Write every token that is not shared, one call a request."""
         for request, n in enumerate(self.seq_lens):
-            self.store(request, 0, n)
+            self.store(request, dict(self.share).get(request, 0), n)
         return self
 
     def attend(self, lse=True):

@@ -19,6 +19,7 @@ from tq_vllm.ops.torch_pages import get_page, read_tokens, write_tokens
 
 QUERY_TILE = 128  # query tokens of a tile, at most
 KEY_CHUNKS = (256, 1024)  # keys of a chunk: fewest and most; one block if that is more
+STORE_ELEMENTS = 1 << 17  # coordinates of keys encoded at once
 WORKSPACE_BYTES = 4 << 20  # keys, values and scores of a chunk: what a CPU core's cache holds is also what is fastest
 
 
@@ -31,12 +32,10 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
     """Quantize keys and values and write them to their slots; arguments in schema.py."""
     page = get_page(preset, key.shape[-1])
     kept = (slot_mapping >= 0).nonzero().squeeze(1)  # [num_stored]
-    if kept.numel() == 0:
-        return
-    if key_offset is not None and positions is not None:
-        positions = positions[kept]
-    encoded = encode_kv(key[kept], value[kept], page.config, positions, key_offset)
-    write_tokens(kv_cache, page, slot_mapping[kept], encoded)
+    for rows in kept.split(max(1, STORE_ELEMENTS // key[0].numel())) if len(kept) else ():
+        at = positions[rows] if key_offset is not None and positions is not None else None
+        encoded = encode_kv(key[rows], value[rows], page.config, at, key_offset)
+        write_tokens(kv_cache, page, slot_mapping[rows], encoded)
 
 
 def attention(
@@ -212,7 +211,7 @@ class _Step:
         return (queries @ offset.permute(1, 2, 0)).index_select(-1, segment - first)
 
     def _add_fresh(self, softmax: _Softmax, tiles: _Tiles, row_index, queries) -> None:
-        """Add this step's raw tokens; a vector that the cache would store as zero (NaN or inf in it) counts as zero."""
+        """Add this step's raw tokens; a vector that the cache would store as zero (its squared norm is not finite) is zero."""
         # A request of length 0 (padding of a captured graph) attends nothing, itself included.
         visible = torch.where(tiles.context + tiles.last > 0, tiles.last, 0)
         ends = visible.tolist()
@@ -221,7 +220,7 @@ class _Step:
             keys = torch.arange(start, min(start + KEY_CHUNKS[0], max(ends)), device=queries.device)
             row = self._rows_of(_Tiles(*(x[:n] for x in tiles)), keys)
             k, v = (x[row].to(queries.dtype) for x in (self.key, self.value))  # [n, keys, num_kv_heads, head_dim]
-            k, v = (x.masked_fill(~x.sum(-1, keepdim=True).isfinite(), 0.0).transpose(1, 2) for x in (k, v))
+            k, v = (x.masked_fill(~x.square().sum(-1, keepdim=True).isfinite(), 0.0).transpose(1, 2) for x in (k, v))
             scores = queries[:n] @ k.transpose(2, 3)
             self._cap(scores)
             self._hide(scores, keys, row_index[:n], visible[:n, None])

@@ -1,0 +1,75 @@
+"""Dispatch: one function names the kernel and says why; nothing falls back silently."""
+
+import logging
+import types
+
+import pytest
+import torch
+
+from tests.ops.batches import Batch
+from tq_vllm.ops import select as select_module
+from tq_vllm.ops import torch_ops
+from tq_vllm.ops.select import Call, NoKernelError, select
+
+
+def call(op="attention", device_type="cpu", capability=None, **fields):
+    return Call(op, device_type, capability, "turboquant", 64, torch.float32, 16, **fields)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Two stand-ins for compiled kernels on CUDA: the first refuses long queries, the second has no store."""
+    modules = {
+        "tq_vllm.ops.first_ops": types.SimpleNamespace(
+            supports=lambda c: "more than 4 query tokens" if c.max_query_len > 4 else None,
+            attention=lambda *a: None, store_kv=lambda *a: None,
+        ),
+        "tq_vllm.ops.second_ops": types.SimpleNamespace(
+            supports=lambda c: "it has no store_kv" if c.op == "store_kv" else None, attention=lambda *a: None
+        ),
+    }  # fmt: skip
+    monkeypatch.setitem(select_module.KERNELS, "cuda", ("first", "second"))
+    monkeypatch.setattr(select_module.importlib, "import_module", modules.__getitem__)
+    select.cache_clear()
+    yield modules
+    select.cache_clear()
+
+
+def test_cpu_runs_torch():
+    choice = select(call())
+    assert choice.name == "torch" and choice.function is torch_ops.attention and choice.reason
+    assert select(call("store_kv")).function is torch_ops.store_kv
+
+
+def test_the_first_that_serves_the_call_is_taken_and_the_reason_names_the_others(kernels):
+    assert select(call(device_type="cuda")).name == "first"
+    choice = select(call(device_type="cuda", max_query_len=5))
+    assert choice.name == "second" and choice.reason == "first: more than 4 query tokens"
+    assert choice.function is kernels["tq_vllm.ops.second_ops"].attention
+
+
+def test_no_kernel_is_one_sentence_with_every_reason(kernels):
+    with pytest.raises(NoKernelError, match="store_kv .*head size 64: first: more than 4 .*; second: it has no store"):
+        select(call("store_kv", device_type="cuda", max_query_len=5))
+    with pytest.raises(NoKernelError, match="got device type 'tpu', allowed cpu, cuda"):
+        select(call(device_type="tpu"))
+
+
+def test_a_choice_is_logged_once(kernels, caplog):
+    select_module._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=select_module.logger.name):
+        for max_query_len in (1, 2, 3, 5, 6, 1):
+            select(call(device_type="cuda", max_query_len=max_query_len))
+    assert len(caplog.records) == 2
+
+
+def test_the_operations_go_through_select(monkeypatch):
+    seen = []
+    original = select_module.select
+    monkeypatch.setattr(select_module, "select", lambda c: seen.append(c) or original(c))
+    Batch(seq_lens=(40,), query_lens=(3,), group=3, with_offset=True, sliding_window=5).fill().attend()
+    assert [c.op for c in seen] == ["store_kv", "attention"]
+    assert seen[1] == Call(
+        "attention", "cpu", None, "turboquant", 64, torch.float32, 16, group=3, max_query_len=3, fresh=True,
+        key_offset=True, sliding_window=True,
+    )  # fmt: skip
