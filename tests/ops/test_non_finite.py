@@ -26,7 +26,7 @@ def test_a_bad_stored_vector_reads_as_zero_and_hurts_nobody(what, bad):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("what", ["keys", "values"])
 def test_a_bad_fresh_vector_reads_as_zero_and_hurts_nobody(what, bad):
-    """The same token in the raw chunk of a prefill: earlier tokens don't see it, later ones see what codes would say."""
+    """The same token in the raw chunk of a prefill: earlier tokens don't see it, later ones see it as zero."""
     batch = Batch(seq_lens=(40, 30), query_lens=(35, 2))
     getattr(batch, what)[0][10, 1, 3] = bad
     clean = Batch(seq_lens=(40, 30), query_lens=(35, 2))

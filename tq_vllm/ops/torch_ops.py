@@ -211,7 +211,7 @@ class _Step:
         return (queries @ offset.permute(1, 2, 0)).index_select(-1, segment - first)
 
     def _add_fresh(self, softmax: _Softmax, tiles: _Tiles, row_index, queries) -> None:
-        """Add this step's raw tokens; a vector that the cache would store as zero (its squared norm is not finite) is zero."""
+        """Add this step's raw tokens; what the cache would store as zero (squared norm not finite) counts as zero."""
         # A request of length 0 (padding of a captured graph) attends nothing, itself included.
         visible = torch.where(tiles.context + tiles.last > 0, tiles.last, 0)
         ends = visible.tolist()
