@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
-from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, SUPPORTED_DTYPES
+from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, SUPPORTED_DTYPES, check_spec
 from tq_vllm.plugin.compat import BACKEND_NAME
 from tq_vllm.plugin.dtype import config_of
 from tq_vllm.plugin.impl import TurboQuantImpl
@@ -35,10 +35,15 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Size the pages of a preset's layers by format.py; leave every other spec alone."""
+        """Size the pages of a preset's layers by format.py; leave every other spec alone.
+
+        Raises:
+            UnsupportedByTurboQuantError: values are not as wide as keys.
+        """
         config = config_of(spec)
         if config is None or spec.state_content_bytes is not None:
             return spec
+        check_spec(spec)
         return replace(spec, state_content_bytes=TurboQuantPage(config, spec.head_size).slot_bytes)
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 import vllm
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm.config import get_config
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
@@ -100,6 +101,12 @@ def check_layer(
     if unknown:
         _refuse("Attention feature", ", ".join(unknown), "sinks, sliding window, logits soft cap")
     return page
+
+
+def check_spec(spec: AttentionSpec) -> None:
+    """Refuse layers whose keys and values differ in width."""
+    if spec.head_size_v != spec.head_size:
+        _refuse("Head size of values", spec.head_size_v, f"that of keys, {spec.head_size}")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+import tq_vllm.ops  # noqa: F401  defines torch.ops.tq_vllm
 from tq_vllm.plugin import key_offset as key_offsets
 from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer
 from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
@@ -87,9 +88,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             metadata = _metadata_of(layer.layer_name)
             # Graph capture may come without metadata: what it records must read the builder's buffer all the same.
             positions = (self.positions if metadata is None else metadata.positions)[: key.shape[0]]
-        torch.ops.tq_vllm.store_kv(
-            key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype
-        )  # fmt: skip
+        torch.ops.tq_vllm.store_kv(key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype)
 
     def forward(
         self,

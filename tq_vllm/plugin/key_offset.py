@@ -85,7 +85,7 @@ def compute(impl, dtype: torch.dtype) -> tuple[torch.Tensor | None, str]:
 
 
 def _rotates_by_position_alone(rotary_emb: nn.Module | None) -> bool:
-    """Whether RoPE is a table of angles by position: scaled, YaRN, NTK, partial are; mRoPE, chunked, learned are not."""
+    """Whether RoPE is a table of angles by position: scaled, YaRN, NTK, partial; not mRoPE, chunked or learned."""
     kind = type(rotary_emb)
     return (
         isinstance(rotary_emb, RotaryEmbedding)

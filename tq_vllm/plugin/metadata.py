@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 
 @dataclass
-class RequestSlice(AttentionMetadata):
+class RequestSlice:
     """Consecutive requests of the batch that one call of tq_vllm::attention serves."""
 
     tokens: slice  # rows of query, key, value and out

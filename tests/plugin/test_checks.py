@@ -1,0 +1,118 @@
+"""Bad input: one sentence at startup with what, got, allowed and what to use instead."""
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_backend
+
+from tq_vllm.format import UnsupportedHeadDimError
+from tq_vllm.plugin import checks
+from tq_vllm.plugin.checks import UnsupportedByTurboQuantError, check_selection
+
+GOOD = dict(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="turboquant", block_size=None)
+
+
+def _refusal(selected_backend=None, **changes) -> str:
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        check_selection(selected_backend, AttentionSelectorConfig(**{**GOOD, **changes}))
+    return str(caught.value)
+
+
+def _check_form(sentence: str) -> None:
+    assert sentence.count("got ") == 1 and ", allowed " in sentence and "; use " in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "changes, got",
+    [
+        (dict(head_size=72), "Head size with a TurboQuant KV cache: got 72"),
+        (dict(head_size=576, use_mla=True), "got multi-head latent attention (MLA)"),
+        (dict(attn_type="encoder_only"), "got encoder_only attention"),
+        (dict(attn_type="encoder_decoder"), "got encoder_decoder attention"),
+        (dict(dtype=torch.float64), "got torch.float64"),
+        (dict(block_size=40), "--block-size with a TurboQuant KV cache: got 40, allowed multiples of 16"),
+        (dict(use_sparse=True), "Sparse attention"),
+        (dict(use_mm_prefix=True), "Bidirectional attention between image tokens"),
+        (dict(use_non_causal=True), "Non-causal attention"),
+        (dict(use_rswa=True), "Reference sliding window"),
+        (dict(use_per_head_quant_scales=True), "Per-head KV scales"),
+        (dict(use_batch_invariant=True), "VLLM_BATCH_INVARIANT"),
+        (dict(use_dcp=True), "Decode context parallelism"),
+        (dict(use_pcp=True), "Prefill context parallelism"),
+    ],
+)
+def test_what_the_selector_knows(changes, got):
+    sentence = _refusal(**changes)
+    assert got in sentence
+    _check_form(sentence)
+
+
+def test_another_backend_cannot_serve_the_cache():
+    sentence = _refusal(AttentionBackendEnum.FLASH_ATTN)
+    assert "got FLASH_ATTN, allowed TQ_VLLM" in sentence
+    _check_form(sentence)
+    check_selection(AttentionBackendEnum["TQ_VLLM"], AttentionSelectorConfig(**GOOD))
+
+
+@pytest.mark.parametrize("feature", ["has_sink", "has_sliding_window", "use_kv_connector"])
+def test_supported_features_pass(feature):
+    check_selection(None, AttentionSelectorConfig(**GOOD, **{feature: True}))
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda *_: DeviceCapability(7, 5))
+    sentence = _refusal()
+    assert "got 7.5, allowed 8.0" in sentence
+    _check_form(sentence)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda *_: DeviceCapability(8, 0))
+    check_selection(None, AttentionSelectorConfig(**GOOD))
+
+
+def test_other_platforms_are_refused(monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    _check_form(_refusal())
+
+
+def test_vllms_selector_ends_in_the_sentence():
+    with (
+        set_current_vllm_config(VllmConfig()),
+        pytest.raises(UnsupportedByTurboQuantError, match="got multi-head latent attention"),
+    ):
+        get_attn_backend(576, torch.bfloat16, "turboquant", use_mla=True)
+
+
+def test_untested_vllm_is_told_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *args: told.append(message % args))
+    checks.warn_about_version.cache_clear()
+    for version in ("0.32.0", "0.33.1rc1", "0.40.0", "0.40.0"):
+        checks.warn_about_version(version)
+    checks.warn_about_version.cache_clear()
+    assert told == [
+        "vLLM version with a TurboQuant KV cache: got 0.40.0, tested 0.32, 0.33; use one of those if something fails."
+    ]
+
+
+def test_alibi_is_refused(tiny_config, attention_layer):
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        attention_layer(tiny_config(), alibi_slopes=[0.5, 0.25, 0.125, 0.0625])
+    assert "got ALiBi" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+def test_unknown_layer_features_are_refused(tiny_config, attention_layer):
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        attention_layer(tiny_config(), dual_chunk_attention_config={"chunk_size": 8})
+    assert "got dual_chunk_attention_config" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+def test_head_size_is_refused_by_the_format_too():
+    with pytest.raises(UnsupportedHeadDimError):
+        checks.check_layer(
+            alibi_slopes=None, num_heads=4, num_kv_heads=2, head_dim=72, kv_cache_dtype="turboquant", extra={}
+        )
