@@ -1,0 +1,248 @@
+"""Codes of a tile of keys or values -> centroids in units of the page codebook, for every plane of format.py.
+
+A tile is BN consecutive tokens of one request and one KV head; BN is a multiple of 16 and the tile starts at a multiple
+of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
+scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
+
+Widths 2 to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
+and a sign bit for coordinate k of the group. From there two ways lead to numbers: `expand`, plain Triton, for every
+width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage
+
+LOOKUP_BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Compile-time facts about the keys or the values of a page; offsets and strides in 32-bit words.
+
+    Attributes:
+        bits: width of a code.
+        offset0, offset1: of the planes in a tile record (offset1: of plane 1; 0 where there is none).
+        token0, token1: from a token to the next in each plane.
+        word: from a word of a token to its next.
+        scale: offset of the scales in a tile record, in f16.
+        groups: head_dim / 8.
+        table: entries e of the page codebook, a centroid is (2 e + 1) * unit; four signed bytes to an int. Indexed by
+            the magnitude's index, for 2 bits by the code.
+        unit: of a centroid.
+        asm: PTX of `lookup`, or "": use `expand`.
+        dtypes: of the eight results of `lookup`.
+    """
+
+    bits: int
+    offset0: int
+    offset1: int
+    token0: int
+    token1: int
+    word: int
+    scale: int
+    groups: int
+    table: tuple[int, ...]
+    unit: float
+    asm: str
+    dtypes: tuple[tl.dtype, ...]
+
+
+@functools.cache
+def key_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
+    """Facts about a page's keys; `lookup_dtype` is the 16-bit dtype that `lookup` gives, None: use `expand`."""
+    first, last = page.key_sections[0], page.key_sections[-1]
+    return Codes(
+        page.config.key_bits, first.offset // 4, last.offset // 4, first.words, last.words, 1,
+        page.key_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.key_bits, lookup_dtype),
+    )  # fmt: skip
+
+
+@functools.cache
+def value_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
+    """The same of its values. Their words are transposed: token0 and token1 step through columns."""
+    first, last = page.value_sections[0], page.value_sections[-1]
+    return Codes(
+        page.config.value_bits, first.offset // 4, last.offset // 4, 1, 1, TILE_TOKENS,
+        page.value_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.value_bits, lookup_dtype),
+    )  # fmt: skip
+
+
+def _entries(bits: int) -> list[int]:
+    entries = list(PAGE_LEVELS[bits])
+    return entries + [~e for e in entries] if bits == 2 else entries  # 2 * ~e + 1 = -(2 e + 1)
+
+
+def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...], float, str, tuple]:
+    if bits == 8:
+        return (), 1.0, "", ()
+    entries = _entries(bits)
+    words = [sum((entries[i + j] & 255) << 8 * j for j in range(4)) for i in range(0, len(entries), 4)]
+    table = tuple(word - (word >> 31 << 32) for word in words)
+    if lookup_dtype is None or bits not in LOOKUP_BITS:
+        return table, PAGE_UNIT[bits], "", ()
+    return table, PAGE_UNIT[bits], lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
+
+
+def lookup_asm(bits: int, dtype: tl.dtype) -> str:
+    """PTX: words $8 and $9 in nibble form -> $0 .. $7, number k of both words as a pair of dtype.
+
+    The tables are XORed with a zero that the compiler can't see through, or it would build every literal anew at each
+    use. dtype: tl.float16 or tl.bfloat16.
+    """
+    numbers = torch.tensor([2 * e + 1 for e in _entries(bits)] * 2, dtype=torch.float16 if dtype == tl.float16 else torch.bfloat16)[:8]
+    numbers = numbers.view(torch.int16).tolist()
+    high0, high1, low0, low1 = (
+        f"0x{sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)):08x}" for shift in (8, 0) for first in (0, 4)
+    )
+    code = [
+        ".reg .b32 z, t0, t1, u0, u1, s, x, ha0, ha1, la0, la1, hb0, hb1, lb0, lb1, p, q;",
+        "mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;",
+        f"xor.b32 t0, z, {high0}; xor.b32 t1, z, {high1}; xor.b32 u0, z, {low0}; xor.b32 u1, z, {low1};",
+    ]
+    for word, name in (("$8", "a"), ("$9", "b")):
+        code += [
+            f"and.b32 s, {word}, 0x77777777;",
+            f"prmt.b32 h{name}0, t0, t1, s; prmt.b32 l{name}0, u0, u1, s;",
+            "shr.u32 s, s, 16;",
+            f"prmt.b32 h{name}1, t0, t1, s; prmt.b32 l{name}1, u0, u1, s;",
+            f"shl.b32 x, {word}, 4;",
+            f"lop3.b32 h{name}0, h{name}0, {word}, 0x80808080, 0x78;",  # a ^ (b & c)
+            f"lop3.b32 h{name}1, h{name}1, x, 0x80808080, 0x78;",
+        ]
+    for half in (0, 1):
+        for pair, select in ((0, "0x5140"), (1, "0x7362")):
+            out = 4 * half + 2 * pair
+            code += [
+                f"prmt.b32 p, la{half}, ha{half}, {select}; prmt.b32 q, lb{half}, hb{half}, {select};",
+                f"prmt.b32 ${out}, p, q, 0x5410; prmt.b32 ${out + 1}, p, q, 0x7632;",
+            ]
+    return "{ " + " ".join(code) + " }"
+
+
+@triton.jit
+def column_tokens(BN: tl.constexpr):
+    """Token (0 .. BN-1) of every column of a tile, int32 [BN]: the inverse of format.value_token_order in each 16."""
+    column = tl.arange(0, BN)
+    return column // 16 * 16 + column % 16 // 4 * 2 + column % 2 + column % 4 // 2 * 8
+
+
+@triton.jit
+def tile_records(block_row, start, length, kv_head, stride_block, stride_head,
+                 BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Where the tile record of every column of the tile at token `start` begins: int64 [BN], 32-bit words.
+
+    block_row: pointer to the request's row of the block table. Strides in units of 16 bytes. Columns in blocks past
+    `length` get a record of block 0, so that what is loaded for them is garbage, but exists.
+    """
+    record = start + tl.arange(0, BN) // 16 * 16  # [BN] first token of the column's record
+    if BLOCK_SIZE % BN == 0:
+        block = tl.load(block_row + start // BLOCK_SIZE).to(tl.int64)
+    else:
+        block = tl.load(block_row + record // BLOCK_SIZE, mask=record < length, other=0).to(tl.int64)
+    in_block = record % BLOCK_SIZE // 16 * (TILE_BYTES // 4)
+    return (block * stride_block + kv_head.to(tl.int64) * stride_head) * 4 + in_block
+
+
+@triton.jit
+def load_scales(cache, record, token, seen, CODES: tl.constexpr):
+    """Stored scales of the columns times the codebook's unit, f32 [BN]; 0 where not `seen`, whatever the bytes are."""
+    scales = cache.to(tl.pointer_type(tl.float16)) + CODES.scale
+    scale = tl.load(scales + record * 2 + token).to(tl.float32)
+    return tl.where(seen, scale * CODES.unit, 0.0)
+
+
+@triton.jit
+def _over_columns(x, WORDS_FIRST: tl.constexpr):
+    """Spread what belongs to words, [W], over the columns of a [BN, W] tile, or a [W, BN] one for WORDS_FIRST."""
+    if WORDS_FIRST:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def _load_words(plane, column, index, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Word `index` [W] of every column, int32 [BN, W]; 0 in groups past the head's."""
+    at = plane + _over_columns(column, not WORDS_FIRST) + _over_columns(index * CODES.word, WORDS_FIRST)
+    if CODES.groups == W:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=_over_columns(tl.arange(0, W) < CODES.groups, WORDS_FIRST), other=0)
+
+
+@triton.jit
+def _plane_1(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Bits of plane 1, int32 [BN, W]: of coordinate k at bit 8 k for k < 4, at 8 (k - 4) + 1 for the others."""
+    group = tl.arange(0, W)
+    word = _load_words(words + CODES.offset1, record + token * CODES.token1, group // 4, CODES, W, WORDS_FIRST)
+    return word >> _over_columns(group % 4 * 2, WORDS_FIRST)
+
+
+@triton.jit
+def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Codes of 2 to 5 bits in nibble form (of 5 bits: without the lowest), int32 [BN, W]; [W, BN] for WORDS_FIRST.
+
+    words: the cache as int32. record: int64 [BN] from `tile_records`. token: int32 [BN], 0 .. 15: of the column in its
+    record for keys, the column itself for values.
+    """
+    group = tl.arange(0, W)
+    column = record + token * CODES.token0
+    if CODES.bits >= 4:
+        return _load_words(words + CODES.offset0, column, group, CODES, W, WORDS_FIRST)
+    else:
+        word = _load_words(words + CODES.offset0, column, group // 2, CODES, W, WORDS_FIRST)
+        nibble = (word >> _over_columns(group % 2 * 2, WORDS_FIRST)) & 0x33333333
+        if CODES.bits == 3:
+            sign = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
+            nibble = nibble | ((sign << 2) & 0x08080808) | ((sign & 0x01010101) << 7)
+        return nibble
+
+
+@triton.jit
+def lookup(nibble, CODES: tl.constexpr):
+    """Eight tensors like `nibble`: number k of every word, in units of CODES.unit."""
+    return tl.inline_asm_elementwise(CODES.asm, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [nibble], dtype=CODES.dtypes,
+                                     is_pure=True, pack=2)  # fmt: skip
+
+
+@triton.jit
+def expand(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr):
+    """Numbers of a tile in units of CODES.unit: DTYPE [BN, 8 W], coordinates past the head's anything finite."""
+    k = tl.arange(0, 8)[None, None, :]
+    if CODES.bits == 8:
+        group = tl.arange(0, W)
+        column = record + token * CODES.token0
+        low = _load_words(words + CODES.offset0, column, group * 2, CODES, W, False)
+        high = _load_words(words + CODES.offset0, column, group * 2 + 1, CODES, W, False)
+        number = (tl.where(k < 4, low[:, :, None], high[:, :, None]) << (24 - k % 4 * 8)) >> 24
+    else:
+        word = nibbles(words, record, token, CODES, W, False)[:, :, None]
+        index = (word >> (4 * k)) & 7
+        if CODES.bits == 5:
+            index = index * 2 + ((_plane_1(words, record, token, CODES, W, False)[:, :, None] >> (k % 4 * 8 + k // 4)) & 1)
+        four = tl.full([1, 1, 1], CODES.table[0], tl.int32)
+        for i in tl.static_range(1, len(CODES.table)):
+            four = tl.where(index >= 4 * i, CODES.table[i], four)
+        entry = (four << (24 - index % 4 * 8)) >> 24
+        negative = (word >> tl.where(k < 4, 8 * k + 7, 8 * k - 29)) & 1
+        number = tl.where(negative != 0, -1 - 2 * entry, 2 * entry + 1)
+    return tl.reshape(number.to(tl.float32).to(DTYPE), [BN, 8 * W])
+
+
+@triton.jit
+def numbers(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr):
+    """Numbers of a tile as DTYPE [BN, 8 W], by `lookup` where CODES has it, else by `expand`."""
+    if CODES.asm == "":
+        return expand(words, record, token, CODES, W, BN, DTYPE)
+    else:
+        v0, v1, v2, v3, v4, v5, v6, v7 = lookup(nibbles(words, record, token, CODES, W, False), CODES)
+        even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [BN, W, 2 (k / 4), 2 (k / 2 % 2)]
+        odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+        return tl.reshape(tl.join(even, odd), [BN, 8 * W])
