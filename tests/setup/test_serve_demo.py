@@ -37,6 +37,15 @@ def test_a_taken_port_is_told_before_anything_starts(capsys, monkeypatch):
     assert f"port {port} cannot be used" in capsys.readouterr().err
 
 
+def test_a_model_path_that_is_none_is_told_before_anything_starts(capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert serve_demo.main(["--model", "./no/such", "--port", str(port)]) == 1
+    assert "MODEL=./no/such is not a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("preset", "token_bytes", "ratio"),
     [("turboquant", "6,120", "3.76"), ("turboquant:k8v8", "11,880", "1.94"), ("turboquant:k2v2", "3,240", "7.11")],

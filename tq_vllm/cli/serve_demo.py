@@ -56,6 +56,16 @@ def check_port(port: int) -> None:
             ) from None
 
 
+def check_model(model: str) -> None:
+    """Errors: StepFailed for a path that is no directory; vLLM would look for it on the Hugging Face hub."""
+    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise StepFailed(
+            f"MODEL={model} is not a directory",
+            "name a directory with a config.json, or a model of the Hugging Face hub; "
+            f"without MODEL the embedded {NAME} is served",
+        )
+
+
 def serve_command(model: str, name: str, args: argparse.Namespace) -> list[str]:
     """The `vllm serve` command line."""
     on_cpu = importlib.metadata.version("vllm").endswith("+cpu")
@@ -117,7 +127,7 @@ class Server:
                 continue
             self.reader.join()
             status.end("failed")
-            raise StepFailed(f"vLLM did not start: {self.error()}", f"read {self.log} for the whole story")
+            raise StepFailed(f"vLLM did not start: {self.error()}", f"see above; the whole story is in {self.log}")
         status.end(f"done in {status.elapsed():.0f} s")
 
     def error(self) -> str:
@@ -170,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop in order, as on Ctrl-C
     try:
         check_port(args.port)
+        check_model(args.model)
         if not args.model and not (cache_dir() / NAME).exists():
             print(f"converting the default model into {cache_dir()} (once, some seconds) ...", flush=True)
         model = args.model or str(demo_model())
