@@ -1,4 +1,4 @@
-"""Writes csrc/codebook.cuh and csrc/rotation_tables.cuh from tq_vllm.core; `python csrc/generate_tables.py` from the top."""
+"""Writes csrc/codebook.cuh and csrc/rotation_tables.cuh from tq_vllm.core: `python csrc/generate_tables.py`."""
 
 from pathlib import Path
 
@@ -7,18 +7,26 @@ from tq_vllm.core.hadamard import base_matrix
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
 
-HEADER = "// Written by csrc/generate_tables.py from tq_vllm/core; do not edit.\n#pragma once\n\n#include <cstdint>\n\nnamespace tq {\n"
+HEADER = """// Written by csrc/generate_tables.py from tq_vllm/core; do not edit.
+#pragma once
+
+#include <cstdint>
+
+namespace tq {
+"""
+
+WORD = "uint32_t"
 
 
-def _switch(name: str, comment: str, rows: dict[int, list[str]], value_type: str) -> str:
-    """A constexpr function name<KEY>(i) over tables of literals, one table a key."""
+def _tables(name: str, comment: str, rows: dict[int, list[str]], value_type: str) -> str:
+    """Structs {name}Table<KEY> with COUNT and a constexpr at(i), one for each key of `rows`."""
     cases = "".join(
         f"template <> struct {name}Table<{key}> {{\n  static constexpr int COUNT = {len(row)};\n"
         f"  __host__ __device__ static constexpr {value_type} at(int i) {{\n"
         f"    constexpr {value_type} table[] = {{{', '.join(row)}}};\n    return table[i];\n  }}\n}};\n"
         for key, row in rows.items()
     )
-    return f"\n{comment}\ntemplate <int KEY> struct {name}Table;\n{cases}"
+    return f"\n// {comment}\ntemplate <int KEY> struct {name}Table;\n{cases}"
 
 
 def codebook() -> str:
@@ -32,8 +40,8 @@ def codebook() -> str:
     )
     return (
         HEADER
-        + _switch("Level", "// m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.", levels, "int")
-        + _switch("Step", "// Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
+        + _tables("Level", "m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.", levels, "int")
+        + _tables("Step", "Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
         + "\n// The unit of a width: 12 significant bits.\ntemplate <int BITS> struct Unit;\n"
         + units
         + "\n}  // namespace tq\n"
@@ -51,9 +59,13 @@ def rotation_tables() -> str:
         mixes[order] = [f"0x{sum((entry < 0) << c for c, entry in enumerate(row)):08x}u" for row in rows]
     return (
         HEADER
-        + _switch("Sign", "// Random signs of the rotation, KEY = head_dim: bit c % 32 of word c / 32 set = coordinate c is "
-                  "negated.", signs, "uint32_t")
-        + _switch("Base", "// Base Hadamard matrix, KEY = order: bit c of word r set = entry (r, c) is -1.", mixes, "uint32_t")
+        + _tables(
+            "Sign",
+            "Random signs of the rotation, KEY = head_dim: bit c % 32 of word c / 32 set = coordinate c is negated.",
+            signs,
+            WORD,
+        )
+        + _tables("Base", "Base Hadamard matrix, KEY = order: bit c of word r set = entry (r, c) is -1.", mixes, WORD)
         + "\n}  // namespace tq\n"
     )
 
