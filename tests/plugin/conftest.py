@@ -38,13 +38,17 @@ def registered():
 
 @pytest.fixture
 def tiny_config(tmp_path) -> Callable:
-    """Make the VllmConfig of a tiny Qwen2 (head size 64, biased projections) with EngineArgs and config.json changes."""
+    """Make the VllmConfig of a tiny Qwen2 (head size 64) with changes to its config.json and to EngineArgs."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(model: dict | None = None, **engine_args):
         (tmp_path / "config.json").write_text(json.dumps({**TINY_MODEL, **(model or {})}))
         args = dict(
-            kv_cache_dtype="turboquant", max_model_len=512, dtype="float32", skip_tokenizer_init=True, enforce_eager=True
+            kv_cache_dtype="turboquant",
+            max_model_len=512,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
         )
         return EngineArgs(model=str(tmp_path), **{**args, **engine_args}).create_engine_config()
 
@@ -70,3 +74,18 @@ def attention_layer() -> Callable:
             )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def single_rank(tmp_path_factory):
+    """vLLM's process groups with this process alone in them: parallel linear layers ask for their rank."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
+        parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()

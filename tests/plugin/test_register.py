@@ -38,7 +38,8 @@ def layer(dtype, **kwargs):
         block_size=32, num_kv_heads=2, head_size=64, dtype=STR_DTYPE_TO_TORCH_DTYPE.get(dtype, torch.bfloat16),
         kv_quant_mode=interface.get_kv_quant_mode(dtype),
     )
-    return [str(backend), str(backend.get_impl_cls()), str(backend.get_builder_cls()), repr(backend.customize_spec(spec))]
+    parts = backend, backend.get_impl_cls(), backend.get_builder_cls(), backend.customize_spec(spec)
+    return [str(part) for part in parts]
 
 def snapshot():
     with set_current_vllm_config(VllmConfig()):
