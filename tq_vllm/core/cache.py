@@ -50,13 +50,14 @@ def encode_kv(
         if positions is None:
             raise ValueError("key_offset without positions: pass the absolute position of every token.")
         key = key - offset_at(key_offset, positions).to(key.dtype)
-    key_codes, key_scale = encode_vectors(
-        rotation.forward(key), config.key_bits, config.key_scale_rule, config.scale_search
+    key_way, value_way = (config.key_bits, config.key_scale_rule), (config.value_bits, config.value_scale_rule)
+    if key_way == value_way:  # as one: half the time for the few vectors of a decode step
+        codes, scale = encode_vectors(rotation.forward(torch.stack((key, value))), *key_way, config.scale_search)
+        return EncodedKV(codes[0], scale[0], codes[1], scale[1])
+    return EncodedKV(
+        *encode_vectors(rotation.forward(key), *key_way, config.scale_search),
+        *encode_vectors(rotation.forward(value), *value_way, config.scale_search),
     )
-    value_codes, value_scale = encode_vectors(
-        rotation.forward(value), config.value_bits, config.value_scale_rule, config.scale_search
-    )
-    return EncodedKV(key_codes, key_scale, value_codes, value_scale)
 
 
 def decode_kv(
