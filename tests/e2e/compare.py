@@ -1,0 +1,30 @@
+"""Teacher-forced comparison of runs: how far apart are the log-probabilities of the same tokens?"""
+
+from dataclasses import replace
+from statistics import mean
+
+from engine import Output, Request
+
+
+def teacher_forced(requests: list[Request], solo: dict[str, Output], **changes) -> list[Request]:
+    """The same requests, made to answer with the tokens of their solo run."""
+    return [replace(r, forced=solo[r.id].tokens, **changes) for r in requests]
+
+
+def distances(a: dict[str, Output], b: dict[str, Output]) -> dict[str, float]:
+    """Mean |difference of log-probability|, nats, of every request that finished in both runs with the same tokens.
+
+    Raises AssertionError if the tokens of a request differ: then the runs were not teacher-forced alike.
+    """
+    found = {}
+    for i in a.keys() & b.keys():
+        x, y = a[i], b[i]
+        length = min(len(x.tokens), len(y.tokens))
+        assert length and x.tokens[:length] == y.tokens[:length], i
+        found[i] = mean(abs(p - q) for p, q in zip(x.logprobs[:length], y.logprobs[:length], strict=True))
+    return found
+
+
+def worst(found: dict[str, float]) -> str:
+    """For messages: the three requests that are farthest apart."""
+    return ", ".join(f"{i}: {d:.4f}" for i, d in sorted(found.items(), key=lambda item: -item[1])[:3])

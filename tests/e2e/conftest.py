@@ -1,0 +1,41 @@
+"""What the end-to-end tests share: the default model, fixed text, and crowds of requests made from it."""
+
+import pydoc_data.topics
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine import Request  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    from tq_vllm.cli.demo_model import demo_model
+
+    return str(demo_model())
+
+
+@pytest.fixture(scope="session")
+def text_ids(model) -> list[int]:
+    """Token ids of Python's own documentation of its debugger: English and code that every Python ships."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)(pydoc_data.topics.topics["debugger"])["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def crowd(text_ids) -> list[Request]:
+    """16 requests of mixed prompt lengths, 3 to 600 tokens; every third one starts with the same 300 tokens."""
+    rng = random.Random(0)
+    requests = []
+    for i, length in enumerate([3, 17, 40, 64, 65, 90, 128, 150, 200, 257, 300, 333, 400, 480, 555, 600]):
+        start = rng.randrange(len(text_ids) - length)
+        prompt = text_ids[start : start + length]
+        if i % 3 == 0:
+            prompt = text_ids[1000:1300] + prompt[: max(1, length // 2)]
+        requests.append(Request(f"r{i}", prompt, max_tokens=16 + i % 5))
+    return requests

@@ -1,0 +1,240 @@
+"""Run real vLLM in a process of its own: `python engine.py JOB.json RESULT.json`.
+
+A job is one engine and a list of phases. A phase is a list of requests that arrive, and may be cancelled, at given
+engine steps; the next one begins when all have finished. A request with `forced` tokens is teacher-forced: whatever the
+model prefers, those tokens are its output, and the log-probabilities returned are the model's own for them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Request:
+    """One request; steps count engine iterations from the start of its phase."""
+
+    id: str
+    prompt: list[int]
+    forced: list[int] | None = None
+    max_tokens: int = 16
+    arrive: int = 0
+    cancel: int | None = None
+    n: int = 1
+    prompt_logprobs: bool = False
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    top_logprobs: int = 0
+
+
+@dataclass
+class Phase:
+    """Requests that run together. `inject` names a fault of FAULTS, to prove that a check can fail."""
+
+    name: str
+    requests: list[Request]
+    reset_prefix_cache: bool = True
+    sequential: bool = False
+    inject: str | None = None
+
+
+@dataclass
+class Output:
+    """What vLLM returned for the first sequence of a request; `siblings` are the others (n > 1)."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+    text: str
+    finish_reason: str | None
+    cached_tokens: int
+    top: list[dict[str, float]]
+    siblings: list["Output"] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """`backends` and `impls`: attention classes of the layers; `capacity`: tokens of cache that the engine has."""
+
+    backends: list[str]
+    impls: list[str]
+    capacity: int
+    block_size: int
+    preemptions: int
+    phases: dict[str, dict[str, Output]]
+
+
+ENGINE_DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 256 << 20,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+}
+
+
+def run(model: str, engine: dict, phases: list[Phase], tmp_path: Path, timeout: float = 600) -> Result:
+    """Run a job in a subprocess and return its result; a failing engine raises with the end of its log."""
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    engine = ENGINE_DEFAULTS | engine
+    job.write_text(json.dumps({"model": model, "engine": engine, "phases": [asdict(p) for p in phases]}))
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": os.environ.get("TQ_VLLM_TEST_THREADS", "2"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, str(job), str(result)], env=env, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    (tmp_path / "engine.log").write_text(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}")
+    data = json.loads(result.read_text())
+    data["phases"] = {
+        name: {i: Output(**(o | {"siblings": [Output(**s) for s in o["siblings"]]})) for i, o in outputs.items()}
+        for name, outputs in data["phases"].items()
+    }
+    return Result(**data)
+
+
+def _force_tokens_class():
+    import torch
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class ForceTokens(AdapterLogitsProcessor):
+        def is_argmax_invariant(self):
+            return False
+
+        def new_req_logits_processor(self, params):
+            forced = (params.extra_args or {}).get("forced")
+            if forced is None:
+                return None
+
+            def force(output_ids, logits):
+                masked = torch.full_like(logits, float("-inf"))
+                masked[forced[len(output_ids)]] = 0
+                return masked
+
+            return force
+
+    return ForceTokens
+
+
+def _lose_prefix(requests, block_size: int) -> None:
+    """Every request forgets what it stored before its newest block: it reads vLLM's null block instead."""
+    newest = (requests.seq_lens - 1) // block_size
+    columns = newest.new_tensor(range(requests.block_table.shape[1]))
+    requests.block_table = requests.block_table * (columns[None, :] >= newest[:, None])
+
+
+def _wrong_block(requests, block_size: int) -> None:
+    """The first block of every request is taken from its neighbour in the batch."""
+    requests.block_table = requests.block_table.clone()
+    requests.block_table[:, 0] = requests.block_table[:, 0].roll(1)
+
+
+FAULTS = {"lost prefix": _lose_prefix, "wrong block": _wrong_block}
+
+
+def _install_fault_point(active: dict, block_size: int) -> None:
+    from tq_vllm.plugin.metadata import TurboQuantMetadataBuilder
+
+    build = TurboQuantMetadataBuilder.build
+
+    def build_with_fault(self, *args, **kwargs):
+        metadata = build(self, *args, **kwargs)
+        if active["fault"]:
+            for requests in filter(None, (metadata.decodes, metadata.prefills)):
+                FAULTS[active["fault"]](requests, block_size)
+        return metadata
+
+    TurboQuantMetadataBuilder.build = build_with_fault
+
+
+def _output(completion, request_output) -> dict:
+    def chosen(ids, dicts):
+        return [d[t].logprob for t, d in zip(ids, dicts or [], strict=False) if d]
+
+    return asdict(
+        Output(
+            tokens=list(completion.token_ids),
+            logprobs=chosen(completion.token_ids, completion.logprobs),
+            prompt_logprobs=chosen(request_output.prompt_token_ids, request_output.prompt_logprobs),
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            cached_tokens=request_output.num_cached_tokens or 0,
+            top=[{str(t): p.logprob for t, p in d.items()} for d in completion.logprobs or []],
+        )
+    )
+
+
+def _run_phase(engine, phase: dict) -> dict:
+    from vllm import SamplingParams
+
+    waiting = sorted(phase["requests"], key=lambda r: r["arrive"])
+    outputs: dict[str, dict] = {}
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and (
+            not engine.has_unfinished_requests() if phase["sequential"] else waiting[0]["arrive"] <= step
+        ):
+            r = waiting.pop(0)
+            params = SamplingParams(
+                n=r["n"], temperature=r["temperature"], seed=1, logprobs=r["top_logprobs"], ignore_eos=r["ignore_eos"],
+                max_tokens=len(r["forced"]) if r["forced"] else r["max_tokens"],
+                prompt_logprobs=0 if r["prompt_logprobs"] else None,
+                extra_args={"forced": r["forced"]} if r["forced"] else None,
+            )  # fmt: skip
+            engine.add_request(r["id"], {"prompt_token_ids": r["prompt"]}, params)
+        for r in phase["requests"]:
+            if r["cancel"] == step and r["id"] not in outputs:
+                engine.abort_request([r["id"]])
+        for output in engine.step():
+            if output.finished:
+                first, *rest = [_output(c, output) for c in output.outputs]
+                outputs[output.request_id] = first | {"siblings": rest}
+        step += 1
+    return outputs
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    llm = LLM(model=job["model"], logits_processors=[_force_tokens_class()], **job["engine"])
+    engine = llm.llm_engine
+    config = engine.vllm_config
+    layers = get_layers_from_vllm_config(config, Attention).values()
+    cache = config.cache_config
+    active = {"fault": None}
+    if any(p["inject"] for p in job["phases"]):
+        _install_fault_point(active, cache.block_size)
+    phases = {}
+    for phase in job["phases"]:
+        if phase["reset_prefix_cache"]:
+            assert llm.reset_prefix_cache()
+        active["fault"] = phase["inject"]
+        phases[phase["name"]] = _run_phase(engine, phase)
+    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    result = Result(
+        backends=sorted({layer.attn_backend.__name__ for layer in layers}),
+        impls=sorted({type(layer.impl).__name__ for layer in layers}),
+        capacity=cache.num_gpu_blocks * cache.block_size,
+        block_size=cache.block_size,
+        preemptions=int(preemptions),
+        phases=phases,
+    )
+    Path(sys.argv[2]).write_text(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main()
