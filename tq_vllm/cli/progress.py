@@ -4,6 +4,7 @@ Standard library only: the set-up uses it before anything is installed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 QUIET_SECONDS = 15  # off a terminal, a running step says so this often
 LAST_LINES = 12
+NEWS = re.compile(r"\s*(Collecting|Downloading|Installing|Building|Preparing|nvcc)\b")  # pip's lines worth showing
 
 
 class StepFailed(Exception):
@@ -41,7 +43,7 @@ class StatusLine:
             print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         elif time.monotonic() - self.said >= QUIET_SECONDS:
             self.said = time.monotonic()
-            print(f"  {text}", flush=True)
+            print(f"  {text[:120]}", flush=True)
 
     def end(self, outcome: str) -> None:
         """Leave the line with its outcome."""
@@ -73,7 +75,7 @@ class Progress:
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                status.show(next((line.strip() for line in reversed(lines) if "WARNING" not in line), ""))
+                status.show(next((line.strip() for line in reversed(lines) if NEWS.match(line)), ""))
         except KeyboardInterrupt:
             process.terminate()
             process.wait()

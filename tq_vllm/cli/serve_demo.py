@@ -167,7 +167,8 @@ def cache_line(model: str, kv_cache_dtype: str, tokens: int) -> str:
 
 def curl_line(port: int, name: str) -> str:
     """A request to copy."""
-    body = {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": name, "messages": [question], "temperature": 0}
     return (
         f"curl -s http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     )
