@@ -242,6 +242,13 @@ def test_plain_table(tmp_path, capsys):
     assert lines[-1] == f"vLLM reports these tokens with --kv-cache-memory-bytes {16 * GIB}."
 
 
+def test_plain_text_says_what_vllm_will_refuse(tmp_path, capsys):
+    assert main(["capacity", write(tmp_path, LLAMA_3_1_8B), "--memory", "12GiB", "--device", "cuda"]) == 0
+    note = capsys.readouterr().out.splitlines()[-2]
+    longest = (12 * GIB // (32 * 8 * 512 * 16) - 1) * 16
+    assert note.endswith(f"that does: bf16 {longest:,}.")  # fp8 and all presets hold 131,072 tokens
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -9,6 +9,7 @@ import torch
 from tq_vllm.cli import doctor
 from tq_vllm.cli.__main__ import main
 from tq_vllm.config import PRESETS
+from tq_vllm.format import SUPPORTED_HEAD_DIMS
 from tq_vllm.ops import select, torch_ops
 
 CPU = torch.device("cpu")
@@ -38,7 +39,9 @@ def checks(capsys) -> tuple[int, dict[str, dict]]:
 def test_all_is_well(healthy, capsys):
     status, found = checks(capsys)
     assert status == 0 and {check["status"] for check in found.values()} == {"ok"}
-    assert [name for name in found if name.startswith("round trip")] == [f"round trip {name}" for name in PRESETS]
+    trips = [f"{name} d=128" for name in PRESETS] + [f"turboquant d={d}" for d in SUPPORTED_HEAD_DIMS if d != 128]
+    assert [name for name in found if name.startswith("round trip")] == [f"round trip {trip}" for trip in trips]
+    assert found["round trip turboquant d=64"]["detail"].startswith("torch: relative error ")
     assert found["decode kernel"]["detail"].startswith("torch: ")
     assert "0.33.0" in found["vllm"]["detail"]
 
@@ -96,6 +99,20 @@ def test_device_without_a_kernel(healthy, monkeypatch):
     assert check.status == "error" and "No kernel for store_kv" in check.detail and "make build" in check.advice
 
 
+def test_head_size_without_a_kernel_is_a_warning(healthy, capsys, monkeypatch):
+    refusal = "got head size 96, allowed the others"
+    monkeypatch.setattr(torch_ops, "supports", lambda call: refusal if call.head_dim == 96 else None)
+    status, found = checks(capsys)
+    check = found["round trip turboquant d=96"]
+    assert status == 0 and check["status"] == "warning" and refusal in check["detail"] and check["advice"]
+
+
+def test_amd_gpu(healthy, capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    status, found = checks(capsys)
+    assert status == 1 and "NVIDIA" in found["device"]["advice"]
+
+
 def broken_store(key, value, kv_cache, slot_mapping, *rest):
     """Store, then exchange the two halves of every block."""
     STORE_KV(key, value, kv_cache, slot_mapping, *rest)
@@ -110,14 +127,14 @@ STORE_KV = torch_ops.store_kv
 
 
 @pytest.mark.parametrize(
-    ("store_kv", "detail"), [(broken_store, "of the largest output, allowed"), (crashing_store, "no kernel image is")]
+    ("store_kv", "detail"), [(broken_store, "relative error"), (crashing_store, "no kernel image is")]
 )
 def test_kernel_that_is_wrong(healthy, capsys, monkeypatch, store_kv, detail):
     monkeypatch.setattr(torch_ops, "store_kv", store_kv)
     status, found = checks(capsys)
     assert status == 1
     for preset in PRESETS:
-        check = found[f"round trip {preset}"]
+        check = found[f"round trip {preset} d=128"]
         assert check["status"] == "error" and detail in check["detail"] and "auto" in check["advice"]
 
 
@@ -129,4 +146,4 @@ def test_kernel_that_gives_nan(healthy, monkeypatch):
         arguments[9].fill_(float("nan"))  # out
 
     monkeypatch.setattr(torch_ops, "attention", nan_attention)
-    assert doctor.check_round_trip(CPU, "turboquant").status == "error"
+    assert doctor.check_round_trip(CPU, "turboquant", 128).status == "error"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tq_vllm.cli.kv_blocks import plan_blocks
+from tq_vllm.cli.kv_blocks import DEFAULT_BLOCK_SIZE, plan_blocks
 from tq_vllm.cli.model_config import ModelShape
 
 kv_cache_interface = pytest.importorskip("vllm.v1.kv_cache_interface", reason="the oracle is vLLM itself")
@@ -80,6 +80,12 @@ def test_equals_vllm_to_the_block(
     got = plan_blocks(shape, num_kv_heads * slot_bytes, block_size, memory, max_model_len, in_flight)
     expected = vllm_blocks(shape, slot_bytes, block_size, memory, max_model_len, in_flight)
     assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected
+
+
+def test_default_block_sizes_are_those_of_the_plugin():
+    backend = pytest.importorskip("tq_vllm.plugin.backend").TurboQuantBackend
+    for stock, turboquant in ((sizes["stock"], sizes["turboquant"]) for sizes in DEFAULT_BLOCK_SIZE.values()):
+        assert backend.get_preferred_block_size(stock) == turboquant
 
 
 def test_groups_of_every_mixture():

@@ -26,14 +26,14 @@ def test_json_has_the_bytes_of_the_format(capsys):
 def test_plain_text_has_one_line_a_preset(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(PRESETS)
-    assert lines[2].split()[:9] == ["turboquant", "4", "4", "68", "4.250", "3.76", "132", "4.125", "3.88"]
+    assert len(lines) == 3 + len(PRESETS)
+    assert lines[2].split() == ["turboquant", "4/4", "68", "4.250", "3.76", "132", "4.125", "3.88", "default"]
     assert all(line.isascii() for line in lines)
 
 
 def test_terminal_gets_a_drawn_table():
     leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-m", "tq_vllm.cli", "presets"]
     done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, env=environment)
     os.close(follower)
@@ -49,7 +49,7 @@ def test_terminal_gets_a_drawn_table():
         output += chunk
     os.close(leader)
     text = output.decode()
-    assert "┃" in text and all(name in text for name in PRESETS)
+    assert "───" in text and all(name in text for name in PRESETS)
 
 
 def test_version(capsys):

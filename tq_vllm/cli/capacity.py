@@ -171,10 +171,10 @@ def _estimated_report(config: dict, gpu: str, settings: dict) -> dict:
     offsets = capacity_report(config, 1, **settings)["key_offset_bytes"]  # first: unsupported models end here
     weights = weight_bytes(config) // settings["tensor_parallel_size"]
     report = capacity_report(config, kv_cache_memory(gpu, weights, offsets), **settings)
+    taken = f"{_size(weights)} of bf16 weights" + (f" - {_size(offsets)} of key offsets" if offsets else "")
     note = (
-        f"Estimate: {gpu_memory(gpu) / 1e9:.0f} GB x {GPU_MEMORY_UTILIZATION} - {_size(weights)} of bf16 weights - "
-        f"{_size(offsets)} of key offsets; vLLM also subtracts activations and CUDA graphs, and prints at startup what "
-        "it really has."
+        f"Estimate: {gpu_memory(gpu) / 1e9:.0f} GB x {GPU_MEMORY_UTILIZATION} - {taken}; vLLM also subtracts "
+        "activations and CUDA graphs, and prints at startup what it really has."
     )
     return {**report, "gpu": gpu, "weight_bytes": weights, "exact": False, "notes": [note, *report["notes"]]}
 
@@ -187,17 +187,20 @@ def _print(report: dict) -> None:
     if report["tensor_parallel_size"] > 1:
         heads += f", one of {report['tensor_parallel_size']} GPUs"
     memory = f"{_size(report['memory_bytes'])} of KV cache ({report['device']})"
-    rows = []
-    for row in report["formats"]:
-        sequences = f"{row['max_concurrency']:.2f}" if row["fits"] else f"none (fits {row['longest_sequence']:,})"
-        rows.append(
-            [row["name"], f"{row['bytes_per_token']:,}", f"{row['ratio_to_bf16']:.2f}", f"{row['num_tokens']:,}"]
-            + [sequences, row["block_size"], f"{row['num_blocks']:,}"]
-        )
+    rows = [
+        [row["name"], f"{row['bytes_per_token']:,}", f"{row['ratio_to_bf16']:.2f}", f"{row['num_tokens']:,}"]
+        + [f"{row['max_concurrency']:.2f}", row["block_size"], f"{row['num_blocks']:,}"]
+        for row in report["formats"]
+    ]
     notes = list(report["notes"])
     if report["key_offset_bytes"]:
         where = "subtracted above" if "gpu" in report else "beside the KV-cache memory"
         notes.append(f"Key offsets from the bias of the key projection: {_size(report['key_offset_bytes'])}, {where}.")
+    if too_small := [f"{row['name']} {row['longest_sequence']:,}" for row in report["formats"] if not row["fits"]]:
+        notes.append(
+            f"A sequence of {report['max_model_len_used']:,} tokens does not fit, and vLLM will not start, with these; "
+            f"the longest --max-model-len that does: {', '.join(too_small)}."
+        )
     if report["exact"]:
         notes.append(f"vLLM reports these tokens with --kv-cache-memory-bytes {report['memory_bytes']}.")
     sequences = f"sequences of {report['max_model_len_used']:,}"

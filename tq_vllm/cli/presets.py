@@ -9,13 +9,13 @@ from tq_vllm.format import TurboQuantPage
 
 HEAD_DIMS = (64, 128)
 PURPOSE = {
-    (4, 4): "default: four bits throughout",
-    (8, 8): "near-lossless; to tell the format's errors from the plugin's",
-    (8, 4): "keys near-lossless, values at four bits",
-    (5, 4): "one more bit for keys, which carry most of the damage",
-    (4, 3): "values cut first: they tolerate fewer bits than keys",
-    (3, 3): "long contexts where memory is short",
-    (2, 2): "smallest; for experiments",
+    (4, 4): "default",
+    (8, 8): "near-lossless",
+    (8, 4): "keys near-lossless",
+    (5, 4): "one more bit for keys",
+    (4, 3): "values cut first",
+    (3, 3): "long contexts",
+    (2, 2): "experiments",
 }
 
 
@@ -44,13 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"presets": rows}, indent=2))
         return 0
-    columns = ["--kv-cache-dtype", "K bits", "V bits"]
-    columns += [f"{what} d={d}" for d in HEAD_DIMS for what in ("bytes", "bits/coord", "x bf16")]
-    columns += ["for"]
+    columns = [
+        "preset",
+        "K/V bits",
+        *(f"{what} d={d}" for d in HEAD_DIMS for what in ("bytes", "bits", "x bf16")),
+        "for",
+    ]
     print_table(
-        "TurboQuant presets: bytes of one token of one KV head, scales included",
+        "TurboQuant presets (--kv-cache-dtype), by head size d",
         columns,
-        [[row["name"], row["key_bits"], row["value_bits"], *_numbers(row), row["purpose"]] for row in rows],
+        [[row["name"], f"{row['key_bits']}/{row['value_bits']}", *_numbers(row), row["purpose"]] for row in rows],
+        ["bytes: one token of one KV head, keys and values, scales included. bits: the same, a coordinate."],
     )
     return 0
 

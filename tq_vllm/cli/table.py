@@ -2,6 +2,7 @@
 
 import sys
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,9 +13,12 @@ def print_table(title: str, columns: list[str], rows: list[list], notes: list[st
     cells = [[str(cell) for cell in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     if sys.stdout.isatty():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for name, is_right in zip(columns, right, strict=True):
-            table.add_column(name, justify="right" if is_right else "left", no_wrap=is_right)
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i, (name, is_right) in enumerate(zip(columns, right, strict=True)):
+            # On a narrow terminal sentences wrap; names (the first column) and numbers stay whole, under tall headers.
+            width = max((len(row[i]) for row in cells), default=0) if i == 0 or is_right else None
+            header = name.replace(" ", "\n") if is_right and len(name) > width else name
+            table.add_column(header, justify="right" if is_right else "left", min_width=width)
         for row in cells:
             table.add_row(*map(Text, row))
         console = Console()
