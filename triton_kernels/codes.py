@@ -128,20 +128,25 @@ def lookup_asm(bits: int, dtype: tl.dtype) -> str:
 
 @triton.jit
 def column_tokens(BN: tl.constexpr):
-    """Token (0 .. BN-1) of every column of a tile, int32 [BN]: the inverse of format.value_token_order in each 16."""
+    """Token of every column of a tile, in its record (0 .. 15) and in the tile: int32 [BN] each.
+
+    The inverse of format.value_token_order.
+    """
     column = tl.arange(0, BN)
-    return column // 16 * 16 + column % 16 // 4 * 2 + column % 2 + column % 4 // 2 * 8
+    in_record = column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
+    return in_record, column // 16 * 16 + in_record
 
 
 @triton.jit
 def tile_records(block_row, start, length, kv_head, stride_block, stride_head,
-                 BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Where the tile record of every column of the tile at token `start` begins: int64 [BN], 32-bit words.
+                 BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Where the tile records of the tile at token `start` begin: int64 [COLUMNS], 32-bit words, for its BN columns or,
+    with COLUMNS = BN / 2, for pairs of columns.
 
     block_row: pointer to the request's row of the block table. Strides in units of 16 bytes. Columns in blocks past
     `length` get a record of block 0, so that what is loaded for them is garbage, but exists.
     """
-    record = start + tl.arange(0, BN) // 16 * 16  # [BN] first token of the column's record
+    record = start + tl.arange(0, COLUMNS) // (16 * COLUMNS // BN) * 16  # [COLUMNS] first token of the record
     if BLOCK_SIZE % BN == 0:
         block = tl.load(block_row + start // BLOCK_SIZE).to(tl.int64)
     else:
@@ -151,11 +156,17 @@ def tile_records(block_row, start, length, kv_head, stride_block, stride_head,
 
 
 @triton.jit
-def load_scales(cache, record, token, seen, CODES: tl.constexpr):
-    """Stored scales of the columns times the codebook's unit, f32 [BN]; 0 where not `seen`, whatever the bytes are."""
-    scales = cache.to(tl.pointer_type(tl.float16)) + CODES.scale
-    scale = tl.load(scales + record * 2 + token).to(tl.float32)
-    return tl.where(seen, scale * CODES.unit, 0.0)
+def load_scales(words, pair_records, CODES: tl.constexpr, BN: tl.constexpr):
+    """Stored scales of the columns, f32 [BN]: anything, NaN included, where no token was written.
+
+    pair_records: `tile_records` of pairs of columns: their tokens are neighbours, and asynchronous copies take four
+    bytes at least.
+    """
+    pair = tl.arange(0, BN // 2)
+    both = tl.load(words + CODES.scale // 2 + pair_records + pair % 2 * 4 + pair % 8 // 2)
+    even = both.to(tl.int16).to(tl.float16, bitcast=True)
+    odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(even, odd), [BN]).to(tl.float32)
 
 
 @triton.jit

@@ -21,10 +21,10 @@ from tq_vllm.triton_kernels.codes import (
     tile_records,
     value_codes,
 )
-from tq_vllm.triton_kernels.dot import dot
+from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.merge import merge_splits
 from tq_vllm.triton_kernels.rotation import rotate_queries
-from tq_vllm.triton_kernels.softmax import NOTHING, capped, online_softmax, visible
+from tq_vllm.triton_kernels.softmax import NOTHING, capped, online_softmax, score_scale, visible
 from tq_vllm.triton_kernels.split import tiles_of
 
 MAX_ROWS = 64  # query tokens of a request times query heads of a KV head
@@ -69,7 +69,8 @@ def decode_kernel(
     head = kv_head * GROUP + row % GROUP
     position = seq_len - query_len + row // GROUP
     query_row = tl.where(valid, token * (num_kv_heads * GROUP) + head, 0).to(tl.int64)
-    row_scale = tl.load(rotated_scales + query_row) * softmax_scale
+    scale = score_scale(softmax_scale, SOFT_CAP)
+    row_scale = tl.load(rotated_scales + query_row) * (scale * KEYS.unit)
 
     D: tl.constexpr = 8 * W
     DTYPE: tl.constexpr = rotated.dtype.element_ty
@@ -92,7 +93,7 @@ def decode_kernel(
         raw = tl.load(
             query + token.to(tl.int64)[:, None] * stride_query_token + head[:, None] * stride_query_head + d[None, :],
             mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-        ).to(tl.float32) * softmax_scale  # fmt: skip
+        ).to(tl.float32) * scale  # fmt: skip
 
     maximum = tl.full([BM], NOTHING, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -108,17 +109,20 @@ def decode_kernel(
     else:
         o = tl.zeros([BM, D], tl.float32)
 
+    block_row = block_table + request.to(tl.int64) * stride_table
     words = cache.to(tl.pointer_type(tl.int32))
-    tokens = column_tokens(BN)
+    in_record, in_tile = column_tokens(BN)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
         start = tile * BN
-        record = tile_records(block_table + request.to(tl.int64) * stride_table, start, seq_len, kv_head,
-                              stride_block, stride_head, BLOCK_SIZE, TILE_BYTES, BN)  # fmt: skip
-        written = start + tokens < seq_len
-        key_scale = load_scales(cache, record, tokens % 16, written, KEYS)
-        value_scale = load_scales(cache, record, tokens % 16, written, VALUES)
+        record = tile_records(block_row, start, seq_len, kv_head, stride_block, stride_head,
+                              BLOCK_SIZE, TILE_BYTES, BN, BN)  # fmt: skip
+        pairs = tile_records(block_row, start, seq_len, kv_head, stride_block, stride_head,
+                             BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
+        key_scale = load_scales(words, pairs, KEYS, BN)
+        value_scale = load_scales(words, pairs, VALUES, BN) * VALUES.unit
+        value_scale = tl.where(start + in_tile < seq_len, value_scale, 0.0)
         if LOOKUP_KEYS:
-            k0, k1, k2, k3, k4, k5, k6, k7 = lookup(nibbles(words, record, tokens % 16, KEYS, W, True), KEYS)
+            k0, k1, k2, k3, k4, k5, k6, k7 = lookup(nibbles(words, record, in_record, KEYS, W, True), KEYS)
             scores = dot(q0, k0, tl.zeros([BM, BN], tl.float32))
             scores = dot(q1, k1, scores)
             scores = dot(q2, k2, scores)
@@ -128,7 +132,7 @@ def decode_kernel(
             scores = dot(q6, k6, scores)
             scores = dot(q7, k7, scores)
         else:
-            k = numbers(words, record, tokens % 16, KEYS, W, BN, DTYPE)
+            k = numbers(words, record, in_record, KEYS, W, BN, DTYPE)
             scores = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32))
         scores = scores * key_scale[None, :] * row_scale[:, None]
         if OFFSET:
@@ -137,7 +141,7 @@ def decode_kernel(
                              mask=d < HEAD_DIM, other=0.0).to(tl.float32)  # fmt: skip
             scores += tl.sum(raw * offset[None, :], 1)[:, None]
         scores = capped(scores, soft_cap, SOFT_CAP)
-        scores = tl.where(visible(position, start + tokens, window, WINDOW), scores, float("-inf"))
+        scores = tl.where(visible(position, start + in_tile, window, WINDOW), scores, float("-inf"))
         weights, factor, maximum, total = online_softmax(scores, maximum, total)
         weights = (weights * value_scale[None, :]).to(WEIGHTS)
         if LOOKUP_VALUES:
@@ -174,9 +178,9 @@ def decode_kernel(
 
 
 def programs_of(device: torch.device, num_kv_heads: int, warps: int) -> int:
-    """Splits a KV head should get, so that together they fill the device once."""
+    """Splits a KV head should get, so that together they fill the device; few in the interpreter."""
     if device.type != "cuda":
-        return 8
+        return 2
     properties = torch.cuda.get_device_properties(device)
     return max(1, properties.multi_processor_count * (16 // warps) // num_kv_heads)
 
@@ -191,7 +195,8 @@ def decode(
     group = num_heads // num_kv_heads
     W = triton.next_power_of_2(head_dim // 8)
     wide = query.dtype == torch.float32
-    keys, values = key_codes(page, None if wide else tl.float16), value_codes(page, None if wide else tl.bfloat16)
+    by_table = not wide and not INTERPRETED
+    keys, values = key_codes(page, tl.float16 if by_table else None), value_codes(page, tl.bfloat16 if by_table else None)
     max_rows = max_query_len * group
     lookups = W >= 16  # a tensor-core product takes 16 words at least
     warps = 2 if lookups and keys.asm and values.asm else 4
@@ -209,8 +214,8 @@ def decode(
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,
-        head_dim, W, max(16, triton.next_power_of_2(max_rows)), BN, REQS,
-        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=3, num_warps=warps,
+        head_dim, W, max(8, triton.next_power_of_2(max_rows)), BN, REQS,
+        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=7, num_warps=warps,
     )  # fmt: skip
     merge_splits(
         split_out, split_lse, seq_lens, query_start_loc, sinks, out, lse, programs, max_query_len, sliding_window, BN

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
 from tq_vllm.triton_kernels.codes import column_tokens, key_codes, load_scales, numbers, tile_records, value_codes
-from tq_vllm.triton_kernels.dot import dot
+from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.rotation import normalised, rotate_rows, sign_matrix, unrotate
-from tq_vllm.triton_kernels.softmax import NOTHING, capped, finish, online_softmax, visible
+from tq_vllm.triton_kernels.softmax import NOTHING, capped, finish, online_softmax, score_scale, visible
 
 BN = SEGMENT_TOKENS  # tokens of a tile: the key offset is one number over it
 
@@ -75,6 +75,7 @@ def prefill_kernel(
     KEY_DTYPE: tl.constexpr = tl.float32 if WIDE else tl.float16
     VALUE_DTYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     d = tl.arange(0, D)
+    to_score = score_scale(softmax_scale, SOFT_CAP)
     maximum = tl.full([BM], NOTHING, tl.float32)
     total = tl.zeros([BM], tl.float32)
     result = tl.zeros([BM, D], tl.float32)
@@ -88,30 +89,34 @@ def prefill_kernel(
         first_tile = tl.maximum(context_len + first_index - window + 1, 0) // BN
     if codes_len > 0:
         rotated, scale = normalised(rotate_rows(query_rows, valid, signs, HEAD_DIM, D, BM), KEY_DTYPE)
-        row_scale = scale * softmax_scale
+        row_scale = scale * (to_score * KEYS.unit)
         if OFFSET:
             raw = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        block_row = block_table + request.to(tl.int64) * stride_table
         words = cache.to(tl.pointer_type(tl.int32))
-        tokens = column_tokens(BN)
+        in_record, in_tile = column_tokens(BN)
         for tile in tl.range(first_tile, tl.cdiv(codes_len, BN), num_stages=STAGES):
             start = tile * BN
-            record = tile_records(block_table + request.to(tl.int64) * stride_table, start, codes_len, kv_head,
-                                  stride_block, stride_head, BLOCK_SIZE, TILE_BYTES, BN)  # fmt: skip
-            written = start + tokens < codes_len
-            k = numbers(words, record, tokens % 16, KEYS, W, BN, KEY_DTYPE)
+            record = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
+                                  BLOCK_SIZE, TILE_BYTES, BN, BN)  # fmt: skip
+            pairs = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
+                                 BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
+            written = start + in_tile < codes_len
+            k = numbers(words, record, in_record, KEYS, W, BN, KEY_DTYPE)
             scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32))
-            key_scale = load_scales(cache, record, tokens % 16, written, KEYS)
+            key_scale = load_scales(words, pairs, KEYS, BN)
             scores = scores * key_scale[None, :] * row_scale[:, None]
             if OFFSET:
                 segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
                 offset = tl.load(key_offset + segment * stride_segment + kv_head * stride_offset_head + d,
                                  mask=d < HEAD_DIM, other=0.0).to(tl.float32)  # fmt: skip
-                scores += (tl.sum(raw.to(tl.float32) * offset[None, :], 1) * softmax_scale)[:, None]
+                scores += (tl.sum(raw.to(tl.float32) * offset[None, :], 1) * to_score)[:, None]
             scores = capped(scores, soft_cap, SOFT_CAP)
-            seen = visible(position, start + tokens, window, WINDOW) & written[None, :]
+            seen = visible(position, start + in_tile, window, WINDOW) & written[None, :]
             scores = tl.where(seen, scores, float("-inf"))
             weights, factor, maximum, total = online_softmax(scores, maximum, total)
-            value_scale = load_scales(cache, record, tokens % 16, written, VALUES)
+            value_scale = load_scales(words, pairs, VALUES, BN) * VALUES.unit
+            value_scale = tl.where(written, value_scale, 0.0)
             v = numbers(words, record, tl.arange(0, BN) % 16, VALUES, W, BN, VALUE_DTYPE)
             result = dot((weights * value_scale[None, :]).to(VALUE_DTYPE), v, result * factor[:, None])
         result = unrotate(result, signs, HEAD_DIM, D, BM, 3 if WIDE else 2)
@@ -126,7 +131,7 @@ def prefill_kernel(
             real = column < query_len
             source = (query_start + column).to(tl.int64)
             k = _load_raw(key + source * stride_key_token + kv_head * stride_key_head, real, HEAD_DIM, D)
-            scores = dot(q, tl.trans(k).to(q.dtype), tl.zeros([BM, BN], tl.float32)) * softmax_scale
+            scores = dot(q, tl.trans(k).to(q.dtype), tl.zeros([BM, BN], tl.float32)) * to_score
             scores = capped(scores, soft_cap, SOFT_CAP)
             scores = tl.where(visible(index, column, window, WINDOW) & real[None, :], scores, float("-inf"))
             weights, factor, maximum, total = online_softmax(scores, maximum, total)
@@ -157,7 +162,8 @@ def prefill(
     rows = max_query_len * group
     BM = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 512 or W > 16 else 128
     wide = query.dtype == torch.float32
-    keys, values = key_codes(page, None if wide else tl.float16), value_codes(page, None if wide else tl.bfloat16)
+    lookup = not wide and not INTERPRETED
+    keys, values = key_codes(page, tl.float16 if lookup else None), value_codes(page, tl.bfloat16 if lookup else None)
     fresh = key is not None
     key, value = (key, value) if fresh else (query, query)
     offset = query if key_offset is None else key_offset

@@ -8,11 +8,21 @@ NOTHING: tl.constexpr = tl.constexpr(-1.0e38)  # the maximum of a row that has s
 
 
 @triton.jit
+def score_scale(softmax_scale, SOFT_CAP: tl.constexpr):
+    """What turns a product of query and key into what `capped` takes: base 2 already where there is no cap."""
+    if SOFT_CAP:
+        return softmax_scale
+    else:
+        return softmax_scale * LOG2E
+
+
+@triton.jit
 def capped(scores, soft_cap, SOFT_CAP: tl.constexpr):
-    """Natural scores -> base 2, after soft_cap * tanh(score / soft_cap) for SOFT_CAP."""
+    """Scores in base 2, after soft_cap * tanh(score / soft_cap) for SOFT_CAP."""
     if SOFT_CAP:
         scores = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp(scores * (2.0 / soft_cap)))
-    return scores * LOG2E
+        scores = scores * LOG2E
+    return scores
 
 
 @triton.jit
