@@ -13,12 +13,12 @@ import torch
 
 from tq_vllm.core.cache import compute_dtype, encode_kv
 from tq_vllm.core.rotations import get_rotation
-from tq_vllm.format import SEGMENT_TOKENS
+from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS
 from tq_vllm.ops.select import Call
-from tq_vllm.ops.torch_pages import get_page, read_tokens, write_tokens
+from tq_vllm.ops.torch_pages import get_page, read_tiles, write_tokens
 
 QUERY_TILE = 128  # query tokens of a tile, at most
-KEY_CHUNKS = (256, 1024)  # keys of a chunk: fewest and most; one block if that is more
+KEY_CHUNKS = (256, 1024)  # keys of a chunk: fewest and most
 STORE_ELEMENTS = 1 << 17  # coordinates of keys encoded at once
 WORKSPACE_BYTES = 4 << 20  # keys, values and scores of a chunk: what a CPU core's cache holds is also what is fastest
 
@@ -48,17 +48,16 @@ def attention(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
         softmax_scale, sliding_window, logits_soft_cap, preset,
     )  # fmt: skip
-    block_size, num_kv_heads = kv_cache.shape[2], kv_cache.shape[1]
+    num_kv_heads = kv_cache.shape[1]
     tile_tokens = max(1, min(max_query_len, QUERY_TILE))
     tiles = _query_tiles(query_start_loc, seq_lens, tile_tokens, key is not None)
     rows = tile_tokens * query.shape[1] // num_kv_heads
     bytes_of_key = compute_dtype(query).itemsize * num_kv_heads * 2 * (query.shape[2] + rows)
     keys = WORKSPACE_BYTES // (bytes_of_key * max(1, len(tiles.request)))  # of a chunk, if all tiles go together
-    keys = min(max(keys, KEY_CHUNKS[0]), KEY_CHUNKS[1], max_seq_len)
-    chunk_blocks = max(1, -(-keys // block_size))
-    tiles_at_once = max(1, WORKSPACE_BYTES // (bytes_of_key * chunk_blocks * block_size))
+    chunk = min(max(keys // SEGMENT_TOKENS * SEGMENT_TOKENS, KEY_CHUNKS[0]), KEY_CHUNKS[1])
+    tiles_at_once = max(1, WORKSPACE_BYTES // (bytes_of_key * min(chunk, max(1, max_seq_len))))
     for start in range(0, len(tiles.request), tiles_at_once):
-        step.attend(_Tiles(*(x[start : start + tiles_at_once] for x in tiles)), tile_tokens, chunk_blocks)
+        step.attend(_Tiles(*(x[start : start + tiles_at_once] for x in tiles)), tile_tokens, chunk)
 
 
 class _Tiles(NamedTuple):
@@ -137,7 +136,7 @@ class _Step:
     logits_soft_cap: float
     preset: str
 
-    def attend(self, tiles: _Tiles, tile_tokens: int, chunk_blocks: int) -> None:
+    def attend(self, tiles: _Tiles, tile_tokens: int, chunk: int) -> None:
         """Compute and write the rows of `tiles`."""
         _, num_heads, head_dim = self.query.shape
         num_kv_heads = self.kv_cache.shape[1]
@@ -150,7 +149,7 @@ class _Step:
         queries = queries.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3)
         row_index = index.repeat_interleave(group, 1)[:, None, :, None]  # [n, 1, rows, 1]
         softmax = _Softmax(queries)
-        self._add_codes(softmax, tiles, row_index, queries, rotation.forward(queries), chunk_blocks)
+        self._add_codes(softmax, tiles, row_index, queries, rotation.forward(queries), chunk)
         softmax.output = rotation.inverse(softmax.output)
         if self.key is not None:
             self._add_fresh(softmax, tiles, row_index, queries)
@@ -172,32 +171,34 @@ class _Step:
         """Return the rows of `query` and `key` of tokens [n or 1, tokens] of the tiles' requests: [n, tokens]."""
         return (self.query_start_loc[tiles.request, None] + index).clamp(max=len(self.query) - 1)
 
-    def _add_codes(self, softmax, tiles: _Tiles, row_index, queries, rotated, chunk_blocks: int) -> None:
+    def _add_codes(self, softmax, tiles: _Tiles, row_index, queries, rotated, chunk: int) -> None:
         """Add the positions before `from_codes`, chunk by chunk; queries and rotated [n, num_kv_heads, rows, d]."""
         page = get_page(self.preset, queries.shape[-1])
         position = tiles.context[:, None, None, None] + row_index  # [n, 1, rows, 1]
         ends = tiles.from_codes.tolist()
         seen_by_all = torch.minimum(tiles.from_codes, tiles.context + tiles.first + 1).tolist()
-        chunk = chunk_blocks * self.kv_cache.shape[2]
+        block_size = self.kv_cache.shape[2]
         skipped = 0
         if self.sliding_window > 0 and ends:
             skipped = max(0, int((tiles.context + tiles.first).min()) - self.sliding_window + 1) // chunk * chunk
         for start in range(skipped, max(ends, default=0), chunk):
             n = sum(end > start for end in ends)
-            keys = torch.arange(start, start + chunk, device=queries.device)
+            stop = start + min(chunk, -(-(ends[0] - start) // TILE_TOKENS) * TILE_TOKENS)
+            keys = torch.arange(start, stop, device=queries.device)
             end = tiles.from_codes[:n, None]  # [n, 1]
-            blocks = start // chunk * chunk_blocks + torch.arange(chunk_blocks, device=keys.device)
-            blocks = self.block_table[tiles.request[:n, None], blocks.clamp_(max=self.block_table.shape[1] - 1)]
+            tile = keys[::TILE_TOKENS]
+            blocks = self.block_table[tiles.request[:n, None], tile // block_size]
             blocks = blocks.long().clamp_(0, len(self.kv_cache) - 1)  # entries past a request's end hold anything
-            k, v, key_scale, value_scale = read_tokens(self.kv_cache, page, blocks, queries.dtype)
-            if start + chunk > ends[n - 1]:  # slots past a request's end hold anything, NaN scales included
+            tile = tile % block_size // TILE_TOKENS
+            k, v, key_scale, value_scale = read_tiles(self.kv_cache, page, blocks, tile, queries.dtype)
+            if stop > ends[n - 1]:  # slots past a request's end hold anything, NaN scales included
                 written = (keys < end)[:, None]  # [n, 1, keys]
                 key_scale, value_scale = (torch.where(written, s, 0.0) for s in (key_scale, value_scale))
             scores = (rotated[:n] @ k.transpose(2, 3)).mul_(key_scale[:, :, None])
             if self.key_offset is not None:
-                scores += self._offset_scores(queries[:n], start, chunk)
+                scores += self._offset_scores(queries[:n], start, stop - start)
             self._cap(scores)
-            if self.sliding_window > 0 or start + chunk > min(seen_by_all[:n]):
+            if self.sliding_window > 0 or stop > min(seen_by_all[:n]):
                 self._hide(scores, keys, position[:n], end)
             softmax.add(scores, v, value_scale[:, :, None])
 

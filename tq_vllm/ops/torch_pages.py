@@ -63,17 +63,20 @@ def write_tokens(kv_cache: torch.Tensor, page: TurboQuantPage, slots: torch.Tens
     records.view(torch.int16).index_put_((block, head, tile, scale_columns[token][:, None]), scales.view(torch.int16))
 
 
-def read_tokens(
-    kv_cache: torch.Tensor, page: TurboQuantPage, blocks: torch.Tensor, dtype: torch.dtype
+def read_tiles(
+    kv_cache: torch.Tensor, page: TurboQuantPage, blocks: torch.Tensor, tiles: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the contents of blocks, int64 [n, m], in rotated space: scale * centroid is a coordinate.
+    """Return the contents of tiles of 16 tokens in rotated space: scale * centroid is a coordinate.
+
+    Args:
+        blocks, tiles: int64 [n, m] and [m]; tile tiles[j] of block blocks[i, j].
 
     Returns:
-        key_centroids, value_centroids [n, num_kv_heads, m * block_size, head_dim]; key_scale, value_scale [n,
-        num_kv_heads, m * block_size]. Slots never written hold anything: finite centroids, any scale, NaN included.
+        key_centroids, value_centroids [n, num_kv_heads, 16 * m, head_dim]; key_scale, value_scale [n, num_kv_heads,
+        16 * m]. Slots never written hold anything: finite centroids, any scale, NaN included.
     """
-    records = tile_records(kv_cache, page).index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
-    records = records.transpose(1, 2).flatten(2, 3)  # [n, num_kv_heads, tiles, tile_bytes / 4]
+    heads = torch.arange(kv_cache.shape[1], device=blocks.device)[:, None]
+    records = tile_records(kv_cache, page)[blocks[:, None], heads, tiles]  # [n, num_kv_heads, m, tile_bytes / 4]
     key_words = [
         records[..., s.offset // 4 :][..., : TILE_TOKENS * s.words].unflatten(-1, (TILE_TOKENS, s.words))
         for s in page.key_sections
