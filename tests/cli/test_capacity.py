@@ -88,6 +88,7 @@ def test_gemma_windows_take_blocks_of_their_own_groups():
     assert (report["num_full_layers"], report["num_sliding_layers"], report["sliding_window"]) == (5, 29, 1024)
     assert (report["num_kv_heads"], report["head_dim"], report["exact"]) == (4, 256, True)
     assert "29 sliding-window layers hold at most the last 1024 tokens" in report["notes"][0]
+    assert "--language-model-only" in report["notes"][1]
     row = rows(report)["k4v4"]
     slot = 256 // 2 * 2 + 4
     num_blocks = 8 * GIB // (5 * 4 * slot * 64)

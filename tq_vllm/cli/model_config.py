@@ -19,6 +19,7 @@ ENCODERS = (
     "albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert",
     "roberta", "xlm-roberta",
 )  # fmt: skip
+IMAGE_PREFIX_MODELS = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 RECURRENT_MODELS = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 
 
@@ -34,6 +35,7 @@ class ModelShape:
         num_full_layers, num_sliding_layers: layers with a KV cache of their own; `sliding_window` in tokens.
         num_shared_layers: layers that read another layer's cache. num_recurrent_layers: layers with a fixed state.
         max_model_len: longest sequence, as vLLM derives it. key_bias: the key projection has a bias under RoPE.
+        image_prefix: tokens of an image attend both ways.
     """
 
     model_type: str
@@ -47,6 +49,7 @@ class ModelShape:
     head_dim: int
     max_model_len: int
     key_bias: bool
+    image_prefix: bool = False
 
     def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
         """KV heads that one GPU holds; vLLM repeats heads where there are fewer than GPUs.
@@ -126,6 +129,7 @@ def model_shape(config: dict) -> ModelShape:
         head_dim=head_dim or _whole_number(text, "hidden_size", "n_embd", "d_model") // num_heads,
         max_model_len=_max_model_len(text),
         key_bias=_has_key_bias(text),
+        image_prefix=whole.model_type in IMAGE_PREFIX_MODELS,
     )
 
 
