@@ -98,6 +98,15 @@ def read_tiles(
     return key, value, key_scale, value_scale
 
 
+def read_tokens(
+    kv_cache: torch.Tensor, page: TurboQuantPage, blocks: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the contents of whole blocks, int64 [n, m], as `read_tiles` does: block_size * m tokens for each n."""
+    tiles_of_block = kv_cache.shape[2] // TILE_TOKENS
+    tiles = torch.arange(tiles_of_block, device=blocks.device).repeat(blocks.shape[1])
+    return read_tiles(kv_cache, page, blocks.repeat_interleave(tiles_of_block, 1), tiles, dtype)
+
+
 # Every width but 8 is brought to words of eight nibbles laid out as in plane 4, and looked up four coordinates at a
 # time. In a plane-4 word, exchanging the signs of coordinates 4, 5 with those of 2, 3 leaves both halves of the word
 # alike: coordinate k (or 4 + k) has its low three bits at 4k and its top bit at _TOP_BIT[k].
