@@ -112,8 +112,8 @@ def _notes(shape: ModelShape, max_in_flight_tokens: int) -> list[str]:
         )
     if shape.image_prefix:
         notes.append(
-            "Tokens of an image attend both ways in this model, which a TurboQuant cache refuses: serve text only, with "
-            "--language-model-only."
+            "Tokens of an image attend both ways in this model, which a TurboQuant cache refuses: serve text "
+            "only, with --language-model-only."
         )
     if shape.num_shared_layers:
         notes.append(f"{shape.num_shared_layers} layers read another layer's cache and take no memory.")
