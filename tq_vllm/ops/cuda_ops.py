@@ -137,8 +137,9 @@ def check_pages(kv_cache: torch.Tensor, page: TurboQuantPage) -> None:
     ):
         raise ValueError(
             f"kv_cache of {page.config.name} at head size {page.head_dim}: got {kv_cache.dtype} "
-            f"{tuple(kv_cache.shape)} with strides {strides}, allowed uint8 [num_blocks, num_kv_heads, a multiple of {TILE_TOKENS}, "
-            f"{page.slot_bytes}], the last two dimensions contiguous, the others at multiples of 16 bytes."
+            f"{tuple(kv_cache.shape)} with strides {strides}, allowed uint8 [num_blocks, num_kv_heads, "
+            f"a multiple of {TILE_TOKENS}, {page.slot_bytes}], the last two dimensions contiguous, the others at "
+            f"multiples of 16 bytes."
         )
 
 
