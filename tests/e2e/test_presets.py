@@ -16,21 +16,33 @@ MEMORY = 192 << 20
 TOKENS = 1025
 
 # Perplexity of the default model on TOKENS tokens of the debugger's documentation, read in chunks of 64 tokens, so that
-# a token sees 32 raw ones on average and the rest through the cache. Measured on this test; gated 3 % above.
-PERPLEXITY = {}
+# a token sees 32 raw ones on average and the rest through the cache. As measured by this test; float noise moves it.
+PERPLEXITY = {
+    "turboquant": 13.93,
+    "turboquant:k8v8": 13.81,
+    "turboquant:k8v4": 13.84,
+    "turboquant:k5v4": 13.81,
+    "turboquant:k4v4": 13.93,
+    "turboquant:k4v3": 14.20,
+    "turboquant:k3v3": 14.64,
+    "turboquant:k2v2": 18.28,
+}
+NOISE = 1.02
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_backend_capacity_and_perplexity(preset, model, text_ids, tmp_path, record_property):
+def test_backend_capacity_and_perplexity(preset, model, text_ids, tmp_path):
     request = Request("r", text_ids[:TOKENS], max_tokens=1, prompt_logprobs=True)
     engine = {"max_num_batched_tokens": 64, "max_model_len": 1280, "kv_cache_memory_bytes": MEMORY}
     result = run(model, {"kv_cache_dtype": preset} | engine, [Phase("read", [request])], tmp_path)
     assert result.impls == ["TurboQuantImpl"]
     config = json.loads((Path(model) / "config.json").read_text())
-    predicted = capacity_report(config, memory_bytes=MEMORY, block_size=result.block_size)
-    assert result.capacity == predicted[preset].tokens
+    report = capacity_report(config, MEMORY, device="cpu", max_model_len=1280)
+    predicted = next(f for f in report["formats"] if f["name"] == preset)
+    assert result.capacity == predicted["num_blocks"] * result.block_size
+    log = (tmp_path / "engine.log").read_text()
+    assert f"KV cache size: {predicted['num_tokens']:,} tokens" in log
     logprobs = result.phases["read"]["r"].prompt_logprobs
     perplexity = math.exp(-sum(logprobs) / len(logprobs))
     print(f"{preset}: perplexity {perplexity:.3f}, {result.capacity} tokens in {MEMORY >> 20} MiB")
-    record_property("perplexity", perplexity)
-    assert perplexity <= PERPLEXITY[preset] * 1.03
+    assert perplexity <= PERPLEXITY[preset] * NOISE

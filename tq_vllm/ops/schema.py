@@ -20,6 +20,9 @@ Query token i of request r stands at position seq_lens[r] - query_len[r] + i and
 everything is read from codes. A `sliding_window` of w > 0 lets position p see p-w+1..p; a `logits_soft_cap` of c > 0
 replaces a score s by c * tanh(s / c). Rows of `out` and `lse` past query_start_loc[-1] stay untouched. A query with
 nothing to attend gives 0 and -inf.
+
+A key or value vector whose squared norm is not finite in float32 (NaN, inf, or a norm above 1.8e19) counts as the zero
+vector, stored or raw: it hurts no other token.
 """
 
 import torch
