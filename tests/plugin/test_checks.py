@@ -113,6 +113,4 @@ def test_unknown_layer_features_are_refused(tiny_config, attention_layer):
 
 def test_head_size_is_refused_by_the_format_too():
     with pytest.raises(UnsupportedHeadDimError):
-        checks.check_layer(
-            alibi_slopes=None, num_heads=4, num_kv_heads=2, head_dim=72, kv_cache_dtype="turboquant", extra={}
-        )
+        checks.check_layer(alibi_slopes=None, head_dim=72, kv_cache_dtype="turboquant", extra={})

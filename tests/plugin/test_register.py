@@ -15,9 +15,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tq_vllm.config import PRESETS
+from tq_vllm.plugin import compat
 from tq_vllm.plugin.backend import TurboQuantBackend
 from tq_vllm.plugin.register import register
 
@@ -144,3 +146,13 @@ def test_backend_is_registered_under_its_own_name():
     assert AttentionBackendEnum["TQ_VLLM"].get_class() is TurboQuantBackend
     assert AttentionBackendEnum["TURBOQUANT"].get_path().startswith("vllm.")
     assert AttentionBackendEnum["CPU_ATTN"].get_path().startswith("vllm.")
+
+
+def test_a_vllm_without_the_interface_is_left_alone(monkeypatch):
+    told = []
+    monkeypatch.setattr(compat.logger, "error", lambda message, *args: told.append(message % args))
+    monkeypatch.setattr(compat, "add_cache_dtypes", lambda: pytest.fail("registered all the same"))
+    monkeypatch.delattr(AttentionBackend, "customize_spec")
+    register()
+    (sentence,) = told
+    assert "which has no AttentionBackend.customize_spec, allowed 0.32 and 0.33; use one of those." in sentence

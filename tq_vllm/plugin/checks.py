@@ -13,9 +13,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm.config import get_config
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
-from tq_vllm.plugin.compat import BACKEND_NAME, logger
+from tq_vllm.plugin.compat import BACKEND_NAME, TESTED_VLLM, logger
 
-TESTED_VLLM = ("0.32", "0.33")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CUDA_CAPABILITY = (8, 0)
 OTHER_DTYPE = "--kv-cache-dtype auto"
@@ -84,9 +83,7 @@ def check_platform() -> None:
         _refuse("Platform", current_platform.device_name, "NVIDIA GPUs and CPUs")
 
 
-def check_layer(
-    *, alibi_slopes, num_heads: int, num_kv_heads: int, head_dim: int, kv_cache_dtype: str, extra: dict
-) -> TurboQuantPage:
+def check_layer(*, alibi_slopes: list[float] | None, head_dim: int, kv_cache_dtype: str, extra: dict) -> TurboQuantPage:
     """Refuse what an attention layer tells its implementation only; return the page that the layer is stored in.
 
     Args:
@@ -95,8 +92,6 @@ def check_layer(
     page = TurboQuantPage(get_config(kv_cache_dtype), head_dim)
     if alibi_slopes is not None:
         _refuse("Position encoding", "ALiBi", "rotary or none")
-    if num_heads % num_kv_heads:
-        _refuse("Number of query heads", num_heads, f"multiples of the {num_kv_heads} KV heads")
     unknown = [name for name, value in extra.items() if value is not None]
     if unknown:
         _refuse("Attention feature", ", ".join(unknown), "sinks, sliding window, logits soft cap")

@@ -14,7 +14,9 @@ from vllm.config import cache as cache_module
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1 import kv_cache_interface
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from tq_vllm.config import PRESETS, get_config
@@ -23,6 +25,7 @@ from tq_vllm.plugin.dtype import STORAGE_DTYPE, add_quant_mode
 # A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
 logger = init_logger("vllm.tq_vllm")
 
+TESTED_VLLM = ("0.32", "0.33")
 BACKEND_NAME = "TQ_VLLM"
 BACKEND_PATH = "tq_vllm.plugin.backend.TurboQuantBackend"
 _MARK = "_tq_vllm_original"
@@ -31,6 +34,17 @@ _MARK = "_tq_vllm_original"
 def has_cache_dtype_registry() -> bool:
     """Whether vLLM takes new cache dtypes by itself: `register_kv_cache_dtype`, since 0.33."""
     return hasattr(cache_module, "register_kv_cache_dtype")
+
+
+def missing_interface() -> str | None:
+    """Name the first thing that the plugin needs and this vLLM does not have."""
+    needed = (
+        (kv_cache_interface.AttentionSpec, "state_content_bytes"),
+        (AttentionBackend, "customize_spec"),
+        (AttentionSelectorConfig, "kv_cache_dtype"),
+        (cache_module, "is_known_kv_cache_dtype" if has_cache_dtype_registry() else "CacheDType"),
+    )
+    return next((f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)), None)
 
 
 def add_quant_modes() -> None:

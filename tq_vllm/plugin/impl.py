@@ -49,12 +49,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks  # [num_heads], filled when the weights are loaded
         self.page = check_layer(
-            alibi_slopes=alibi_slopes,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=head_size,
-            kv_cache_dtype=kv_cache_dtype,
-            extra=extra,
+            alibi_slopes=alibi_slopes, head_dim=head_size, kv_cache_dtype=kv_cache_dtype, extra=extra
         )
         config = get_current_vllm_config()
         self.max_model_len = config.model_config.max_model_len
