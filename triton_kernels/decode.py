@@ -11,7 +11,6 @@ import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
 from tq_vllm.triton_kernels.codes import (
-    Codes,
     column_tokens,
     key_codes,
     load_scales,
@@ -74,7 +73,7 @@ def decode_kernel(
 
     D: tl.constexpr = 8 * W
     DTYPE: tl.constexpr = rotated.dtype.element_ty
-    WEIGHTS: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.bfloat16
+    WEIGHTS: tl.constexpr = tl.float32 if tl.float32 == DTYPE else tl.bfloat16
     group = tl.arange(0, W)
     if LOOKUP_KEYS:
         at = rotated + query_row[:, None] * D + 8 * group[None, :]
@@ -185,6 +184,11 @@ def programs_of(device: torch.device, num_kv_heads: int, warps: int) -> int:
     return max(1, properties.multi_processor_count * (16 // warps) // num_kv_heads)
 
 
+def stages_of(tile_bytes: int) -> int:
+    """Stages of the software pipeline: n tiles in flight take 2 n + 1, as a tile waits for its entry of the block table."""
+    return 7 if 3 * tile_bytes <= 32768 else 5 if 2 * tile_bytes <= 32768 else 3
+
+
 def decode(
     query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, sliding_window: int, logits_soft_cap: float, page: TurboQuantPage,
@@ -200,6 +204,7 @@ def decode(
     max_rows = max_query_len * group
     lookups = W >= 16  # a tensor-core product takes 16 words at least
     warps = 2 if lookups and keys.asm and values.asm else 4
+    stages = 1 if wide else stages_of(BN * page.slot_bytes)
     programs = programs_of(query.device, num_kv_heads, warps)
     num_items = programs + num_reqs
     REQS = triton.next_power_of_2(num_reqs)
@@ -215,7 +220,7 @@ def decode(
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,
         head_dim, W, max(8, triton.next_power_of_2(max_rows)), BN, REQS,
-        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=7, num_warps=warps,
+        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     merge_splits(
         split_out, split_lse, seq_lens, query_start_loc, sinks, out, lse, programs, max_query_len, sliding_window, BN

@@ -160,8 +160,8 @@ def prefill(
     group = num_heads // num_kv_heads
     W = triton.next_power_of_2(head_dim // 8)
     rows = max_query_len * group
-    BM = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 512 or W > 16 else 128
-    wide = query.dtype == torch.float32
+    wide = query.dtype == torch.float32  # products on the FMA units, with operands in shared memory: small tiles
+    BM = 16 if rows <= 16 or wide else 32 if rows <= 32 else 64 if rows <= 512 or W > 16 else 128
     lookup = not wide and not INTERPRETED
     keys, values = key_codes(page, tl.float16 if lookup else None), value_codes(page, tl.bfloat16 if lookup else None)
     fresh = key is not None
@@ -176,5 +176,5 @@ def prefill(
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         keys, values, block_size, page.tile_bytes, group, head_dim, W, BM, BN,
         fresh, key_offset is not None, sinks is not None, sliding_window > 0, logits_soft_cap > 0, lse is not None,
-        STAGES=2, num_warps=8 if BM == 128 or W > 16 else 4,
+        STAGES=1 if wide or W > 16 else 2, num_warps=8 if BM == 128 or W > 16 else 4,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Compiles the launches of a call for a GPU that isn't there."""
 
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +57,44 @@ def compile_launch(kernel, args: tuple, options: dict, capability: int):
             signature[parameter.name] = "fp32"
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+CASES = {
+    "K4V4 decode": {"fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4, "block_size": 64},
+    "K4V4 prefill": {"query_lens": (40, 40), "head_dim": 128, "group": 4, "block_size": 64},
+    "K3V3 decode": {"preset": "turboquant:k3v3", "fresh": False, "query_lens": (1, 1), "head_dim": 64},
+    "K5V4 verify, everything": {
+        "preset": "turboquant:k5v4", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8, "with_sinks": True,
+        "with_offset": True, "sliding_window": 40, "logits_soft_cap": 5.0,
+    },
+    "K8V4 prefill, everything": {
+        "preset": "turboquant:k8v4", "query_lens": (40, 40), "head_dim": 256, "with_sinks": True, "with_offset": True,
+        "sliding_window": 40, "logits_soft_cap": 5.0,
+    },
+    "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
+    "K8V8 f32 prefill": {"preset": "turboquant:k8v8", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
+}  # fmt: skip
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
+
+
+def main(capability: int) -> None:
+    """Compile every kernel of every case and print one line a kernel; exit 1 where one doesn't fit."""
+    from tests.ops import batches
+    from tq_vllm.ops import triton_ops
+    from tq_vllm.triton_kernels import decode, merge, prefill, rotation
+
+    batches.attention = triton_ops.attention
+    for name, fields in CASES.items():
+        batch = batches.Batch(**{"dtype": torch.bfloat16, "seq_lens": (70, 45)} | fields)
+        with pytest.MonkeyPatch.context() as patch:
+            launches = record(patch, (decode, merge, prefill, rotation), batch.attend)
+        for kernel, args, options in launches:
+            compiled = compile_launch(kernel, args, options, capability)
+            shared = compiled.metadata.shared
+            print(f"sm_{capability} {name}: {kernel.__name__}, {len(compiled.asm['cubin'])} bytes, {shared} shared", flush=True)
+            if shared > SHARED_MEMORY[capability]:
+                sys.exit(f"{kernel.__name__} of {name} takes {shared} bytes, a block has {SHARED_MEMORY[capability]}.")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 
-
-
 @pytest.fixture(scope="session")
 def triton_ops():
     """tq_vllm.ops.triton_ops with its kernels imported for the device, or for the interpreter."""
@@ -16,9 +14,7 @@ def triton_ops():
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
-        import triton.experimental.gluon  # the interpreter imports it late, and it must see the variable too
 
-        import tq_vllm.triton_kernels.decode
-        import tq_vllm.triton_kernels.prefill  # noqa: F401
+        import tests.triton.decoded  # noqa: F401
         from tq_vllm.ops import triton_ops
     return triton_ops
