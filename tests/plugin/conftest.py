@@ -1,13 +1,9 @@
 """What the plugin's tests share: a registered plugin, vLLM configurations of tiny models, single layers; no engine."""
 
 import json
-import os
 from collections.abc import Callable
 
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_PLUGINS", "")  # the fixture registers, not vLLM
 
 TINY_MODEL = dict(
     architectures=["Qwen2ForCausalLM"],

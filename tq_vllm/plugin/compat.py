@@ -154,7 +154,7 @@ def _replace_function(original, replacement) -> None:
     """Put `replacement` wherever a loaded module has `original`: vLLM imports these functions by name."""
     name = original.__name__
     for module in list(sys.modules.values()):
-        if vars(module).get(name) is original:
+        if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, replacement)
 
 
