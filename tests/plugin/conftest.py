@@ -72,7 +72,7 @@ def attention_layer() -> Callable:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def single_rank(tmp_path_factory):
     """vLLM's process groups with this process alone in them: parallel linear layers ask for their rank."""
     from vllm.config import VllmConfig, set_current_vllm_config
