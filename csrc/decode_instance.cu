@@ -1,0 +1,36 @@
+// Attention to codes for one head size, -DTQ_HEAD_DIM=128.
+#include <algorithm>
+
+#include "decode.cuh"
+
+#define TQ_JOIN(a, b) a##b
+#define TQ_NAME(d) TQ_JOIN(launch_decode_, d)
+
+namespace tq {
+
+template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
+  launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * 2 * launch.num_ctas * (S::MAX_WARPS + 1);
+  if (!params) return cudaSuccess;
+  const auto kernel = decode_kernel<S>;
+  const int warp_bytes = S::warp_bytes(*params) + 2 * static_cast<int>(sizeof(Piece));
+  const int warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes);
+  if (warps < 1) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<launch.num_ctas, 32 * warps, warps * warp_bytes, stream>>>(*params, S::warp_bytes(*params));
+  return cudaGetLastError();
+}
+
+int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
+#ifndef TQ_PRESETS
+#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(2, 2)
+#endif
+#define TQ_TRY(K, V)                                              \
+  if (launch.key_bits == K && launch.value_bits == V)             \
+    return launch.rows == 4 ? launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream) \
+                            : launch_shape<Shape<K, V, TQ_HEAD_DIM, 8>>(params, launch, stream);
+  TQ_PRESETS(TQ_TRY)
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace tq

@@ -1,0 +1,113 @@
+"""The compiled attention kernel against dense float64 attention on the same codes; needs a GPU and the library."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+from tests.ops.batches import Batch  # noqa: E402
+from tq_vllm.config import PRESETS  # noqa: E402
+from tq_vllm.format import SUPPORTED_HEAD_DIMS  # noqa: E402
+from tq_vllm.ops import cuda_attention  # noqa: E402
+from tq_vllm.ops.cuda_library import why_missing  # noqa: E402
+
+LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 1000)
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    if (missing := why_missing()) is not None:
+        pytest.skip(missing)
+
+
+def check(tolerance=2e-4, dtype=torch.float32, **batch):
+    """Run a batch on the GPU and compare; garbage in unused slots, padding rows and strides come with Batch."""
+    b = Batch(fresh=False, padding=2, **batch).fill()
+    used = sum(b.query_lens)
+    query = b.query.to("cuda", dtype)
+    b.query = query.cpu().float()
+    kv_cache = torch.empty_strided(b.kv_cache.shape, b.kv_cache.stride(), dtype=torch.uint8, device="cuda")
+    kv_cache.copy_(b.kv_cache)
+    out = torch.full_like(query, 7.0)
+    lse = torch.full((b.num_heads, len(query)), 9.0, device="cuda")
+    move = lambda x: None if x is None else x.cuda()  # noqa: E731
+    for _ in range(2):  # counters must come back to zero
+        cuda_attention.attention(
+            query, None, None, kv_cache, b.block_table.cuda(), torch.tensor(b.seq_lens, dtype=torch.int32).cuda(),
+            b.query_start_loc.cuda(), move(b.key_offset), move(b.sinks), out, lse, b.softmax_scale, max(b.query_lens),
+            max(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
+        )  # fmt: skip
+    expected_out, expected_lse = b.expected()
+    rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    got, want = out[:used].cpu().double(), expected_out[:used]
+    assert torch.isfinite(got).all()
+    error = (got - want).norm() / want.norm().clamp(min=1e-30)
+    assert error < tolerance + rounding, f"relative error {error:.2e}"
+    torch.testing.assert_close(got, want, rtol=1e-2 + rounding, atol=2e-3 + rounding)
+    torch.testing.assert_close(lse[:, :used].cpu().double(), expected_lse[:, :used], rtol=1e-5, atol=2e-4)
+    assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    check(preset=preset, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * len(LENGTHS))
+
+
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(SUPPORTED_HEAD_DIMS, PRESETS)))
+def test_head_dims(head_dim, preset):
+    check(preset=preset, head_dim=head_dim, group=4, seq_lens=(300, 17, 1, 64), query_lens=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("block_size", (16, 32, 48, 64, 128))
+def test_block_sizes(block_size):
+    check(head_dim=128, group=4, block_size=block_size, seq_lens=LENGTHS, query_lens=(1,) * len(LENGTHS))
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 5, 8, 16))
+def test_groups(group):
+    check(head_dim=128, group=group, seq_lens=(1, 100, 700), query_lens=(1, 1, 1))
+
+
+@pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7)))
+def test_several_query_tokens(query_lens):
+    check(head_dim=128, group=4, seq_lens=(10, 100, 700), query_lens=query_lens)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_dtypes(dtype):
+    check(dtype=dtype, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * len(LENGTHS))
+
+
+@pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (80, 4, 2), (256, 2, 3)))
+def test_options(head_dim, group, query_len):
+    """Window, soft cap, sinks and key offset, one at a time and all together."""
+    options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
+    for chosen in ({name: value} for name, value in options.items()):
+        check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **chosen)
+    check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **options)
+
+
+def test_empty_and_many_requests():
+    check(head_dim=64, group=4, num_kv_heads=1, seq_lens=(0, 3, 0, 40), query_lens=(1, 1, 1, 1))
+    lengths = tuple(1 + 7 * i % 97 for i in range(300))
+    check(head_dim=64, group=3, num_kv_heads=1, seq_lens=lengths, query_lens=(1,) * len(lengths))
+
+
+def test_long():
+    check(head_dim=128, group=4, num_kv_heads=1, seq_lens=(20000, 3, 9000), query_lens=(1, 1, 1))
+
+
+def test_rising_scores():
+    """The reference of the softmax moves many times, and weights of early tokens vanish."""
+    b = Batch(preset="turboquant:k8v8", head_dim=128, group=4, seq_lens=(600,), query_lens=(1,), fresh=False)
+    b.keys = [b.query[0, ::4][None] * torch.linspace(-40, 40, 600)[:, None, None] / math.sqrt(128)]
+    b.fill()
+    out = torch.empty_like(b.query, device="cuda")
+    cuda_attention.attention(
+        b.query.cuda(), None, None, b.kv_cache.cuda(), b.block_table.cuda(), torch.tensor(b.seq_lens).int().cuda(),
+        b.query_start_loc.cuda(), None, None, out, None, b.softmax_scale, 1, 600, 0, 0.0, b.preset,
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), b.expected()[0], rtol=1e-2, atol=2e-3)
