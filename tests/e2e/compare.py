@@ -1,14 +1,8 @@
 """Teacher-forced comparison of runs: how far apart are the log-probabilities of the same tokens?"""
 
-from dataclasses import replace
 from statistics import mean
 
-from engine import Output, Request
-
-
-def teacher_forced(requests: list[Request], solo: dict[str, Output], **changes) -> list[Request]:
-    """The same requests, made to answer with the tokens of their solo run."""
-    return [replace(r, forced=solo[r.id].tokens, **changes) for r in requests]
+from engine import Output
 
 
 def distances(a: dict[str, Output], b: dict[str, Output]) -> dict[str, float]:

@@ -29,13 +29,17 @@ def text_ids(model) -> list[int]:
 
 @pytest.fixture(scope="session")
 def crowd(text_ids) -> list[Request]:
-    """16 requests of mixed prompt lengths, 3 to 600 tokens; every third one starts with the same 300 tokens."""
+    """16 requests of mixed prompt lengths, 3 to 600 tokens; every third one starts with the same 300 tokens.
+
+    All are teacher-forced to the 16 to 20 tokens that follow in the text.
+    """
     rng = random.Random(0)
     requests = []
     for i, length in enumerate([3, 17, 40, 64, 65, 90, 128, 150, 200, 257, 300, 333, 400, 480, 555, 600]):
-        start = rng.randrange(len(text_ids) - length)
+        start = rng.randrange(len(text_ids) - length - 20)
         prompt = text_ids[start : start + length]
         if i % 3 == 0:
-            prompt = text_ids[1000:1300] + prompt[: max(1, length // 2)]
-        requests.append(Request(f"r{i}", prompt, max_tokens=16 + i % 5))
+            prompt = text_ids[1000:1300] + prompt[-max(1, length // 2) :]
+        end = start + length
+        requests.append(Request(f"r{i}", prompt, forced=text_ids[end : end + 16 + i % 5]))
     return requests

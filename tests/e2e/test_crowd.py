@@ -8,8 +8,8 @@ of a request between two solo runs with different chunk sizes. Injected faults m
 from dataclasses import replace
 
 import pytest
-from compare import distances, teacher_forced, worst
-from engine import Phase, Result, run
+from compare import distances, worst
+from engine import Phase, Request, Result, run
 
 pytestmark = pytest.mark.engine
 
@@ -22,24 +22,29 @@ class Runs:
 
     def __init__(self, preset, model, crowd, tmp_path_factory):
         self.preset, self.model, self.crowd, self.tmp_path_factory = preset, model, crowd, tmp_path_factory
-        self.solo = {}
-        forced = self.start(CHUNKED, lambda _: [Phase("solo", crowd, sequential=True)]).phases["solo"]
-        self.solo = forced
-        self.unchunked = self.start(
-            UNCHUNKED,
-            lambda crowd: [Phase("solo", crowd, sequential=True), Phase("crowd", _arriving(crowd))],
+        solo = Phase("solo", crowd, sequential=True)
+        arriving = _arriving(crowd)
+        leaving = [replace(r, cancel=r.arrive + 5 + i) if i % 4 == 1 else r for i, r in enumerate(arriving)]
+        self.chunked = self.start(
+            CHUNKED,
+            solo,
+            Phase("all at once", crowd),
+            Phase("arriving", arriving),
+            Phase("cancelled", leaving),
+            Phase("lost prefix", crowd, inject="lost prefix"),
+            Phase("wrong block", crowd, inject="wrong block"),
         ).phases
-        self.floor = max(distances(self.solo, self.unchunked["solo"]).values())
+        self.unchunked = self.start(UNCHUNKED, solo, Phase("arriving", arriving)).phases
+        self.floor = max(distances(self.chunked["solo"], self.unchunked["solo"]).values())
 
-    def start(self, engine: dict, phases) -> Result:
-        requests = teacher_forced(self.crowd, self.solo) if self.solo else self.crowd
+    def start(self, engine: dict, *phases: Phase) -> Result:
         engine = {"kv_cache_dtype": self.preset} | engine
-        result = run(self.model, engine, phases(requests), self.tmp_path_factory.mktemp("engine"))
+        result = run(self.model, engine, list(phases), self.tmp_path_factory.mktemp("engine"))
         assert result.impls == ["TurboQuantImpl"]
         return result
 
-    def check(self, outputs) -> None:
-        found = distances(self.solo, outputs)
+    def check(self, outputs, solo=None) -> None:
+        found = distances(solo or self.chunked["solo"], outputs)
         assert max(found.values()) <= 3 * self.floor, f"floor {self.floor:.4f}; {worst(found)}"
 
 
@@ -52,40 +57,32 @@ def runs(request, model, crowd, tmp_path_factory):
     return Runs(request.param, model, crowd, tmp_path_factory)
 
 
+@pytest.mark.parametrize("phase", ["all at once", "arriving"])
+def test_crowd_with_chunked_prefill(runs, phase):
+    runs.check(runs.chunked[phase])
+
+
 def test_crowd_without_chunked_prefill(runs):
-    runs.check(runs.unchunked["crowd"])
+    runs.check(runs.unchunked["arriving"])
 
 
-def test_crowd_with_chunked_prefill_faults_and_cancellations(runs):
-    def phases(crowd):
-        arriving = _arriving(crowd)
-        leaving = [replace(r, cancel=r.arrive + 5 + i) if i % 4 == 1 else r for i, r in enumerate(arriving)]
-        return [
-            Phase("all at once", crowd),
-            Phase("arriving", arriving),
-            Phase("cancelled", leaving),
-            Phase("lost prefix", crowd, inject="lost prefix"),
-            Phase("wrong block", crowd, inject="wrong block"),
-        ]
+def test_crowd_with_cancellations(runs):
+    assert len(runs.chunked["cancelled"]) < len(runs.crowd)
+    runs.check(runs.chunked["cancelled"])
 
-    result = runs.start(CHUNKED, phases)
-    runs.check(result.phases["all at once"])
-    runs.check(result.phases["arriving"])
-    assert len(result.phases["cancelled"]) < len(runs.crowd)
-    runs.check(result.phases["cancelled"])
-    for fault in ("lost prefix", "wrong block"):
-        with pytest.raises(AssertionError, match="floor"):
-            runs.check(result.phases[fault])
+
+@pytest.mark.parametrize("fault", ["lost prefix", "wrong block"])
+def test_the_check_can_fail(runs, fault):
+    with pytest.raises(AssertionError, match="floor"):
+        runs.check(runs.chunked[fault])
 
 
 def test_prefix_cache_hits_and_partial_hits_in_mixed_batches(runs):
-    def phases(crowd):
-        return [
-            Phase("cold", _arriving(crowd)),
-            Phase("warm", _arriving(crowd), reset_prefix_cache=False),
-        ]
-
-    result = runs.start(CHUNKED | {"enable_prefix_caching": True, "block_size": 32}, phases)
+    result = runs.start(
+        CHUNKED | {"enable_prefix_caching": True, "block_size": 32},
+        Phase("cold", _arriving(runs.crowd)),
+        Phase("warm", _arriving(runs.crowd), reset_prefix_cache=False),
+    )
     hits = {i: o.cached_tokens for i, o in result.phases["warm"].items()}
     assert sum(n > 0 for n in hits.values()) >= 12 and any(0 < n < 320 for n in hits.values()), hits
     assert any(o.cached_tokens for o in result.phases["cold"].values())  # the shared 300 tokens, within the crowd
@@ -93,8 +90,15 @@ def test_prefix_cache_hits_and_partial_hits_in_mixed_batches(runs):
     runs.check(result.phases["warm"])
 
 
-def test_forced_preemption(runs):
-    few_blocks = {"block_size": 16, "num_gpu_blocks_override": 72, "max_num_batched_tokens": 512}
-    result = runs.start(few_blocks, lambda crowd: [Phase("crowd", crowd)])
-    assert result.preemptions > 0
-    runs.check(result.phases["crowd"])
+def test_forced_preemption(runs, text_ids):
+    requests = [
+        Request(f"p{i}", text_ids[150 * i : 150 * i + 70 + i], forced=text_ids[2000 + 40 * i : 2040 + 40 * i])
+        for i in range(12)
+    ]
+    result = runs.start(
+        {"max_num_batched_tokens": 512, "block_size": 16, "num_gpu_blocks_override": 66},
+        Phase("solo", requests, sequential=True),
+        Phase("crowd", requests),
+    )
+    assert result.preemptions >= 3
+    runs.check(result.phases["crowd"], result.phases["solo"])
