@@ -57,10 +57,10 @@ def microseconds(functions, launches: int, replays: int = 15) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read plus bytes written a second, of a copy of 2 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda").random_()
+    """Bytes read plus bytes written a second, of a kernel that writes 2 GiB from 2 GiB."""
+    source = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (microseconds([lambda: target.copy_(source)], 4) * 1e-6)
+    return 2 * source.nbytes / (microseconds([lambda: torch.bitwise_not(source, out=target)], 4) * 1e-6)
 
 
 def measure(preset: str, num_tokens: int, num_kv_heads: int, head_dim: int) -> dict:
@@ -89,7 +89,8 @@ def measure(preset: str, num_tokens: int, num_kv_heads: int, head_dim: int) -> d
     expected = torch.zeros_like(cache)
     torch_ops.store_kv(key, value, expected, slots, None, None, preset)
     differing = (cache != expected).float().mean().item()
-    if differing > 2e-4:  # a code takes part of a byte
+    one_vector = head_dim / cache.numel()  # a tie of two scale candidates changes about this share
+    if differing > max(4e-4, 2 * one_vector):  # a byte holds several codes
         raise SystemExit(f"{preset}, {num_tokens} x {head_dim}: {differing:.1e} of the bytes are not the reference's")
     launches = 20 if num_tokens > 2000 else 200
     time, copy_time = microseconds(ours, launches), microseconds(copies, launches)

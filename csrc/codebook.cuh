@@ -11,28 +11,28 @@ template <> struct LevelTable<2> {
   static constexpr int COUNT = 2;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {35, 118};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct LevelTable<3> {
   static constexpr int COUNT = 4;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {12, 38, 68, 109};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct LevelTable<4> {
   static constexpr int COUNT = 8;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {5, 16, 27, 39, 52, 67, 86, 114};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct LevelTable<5> {
   static constexpr int COUNT = 16;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {2, 7, 12, 17, 22, 27, 33, 39, 45, 52, 59, 67, 76, 87, 101, 122};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 
@@ -42,28 +42,28 @@ template <> struct StepTable<2> {
   static constexpr int COUNT = 1;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {154};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct StepTable<3> {
   static constexpr int COUNT = 3;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {51, 107, 178};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct StepTable<4> {
   static constexpr int COUNT = 7;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {22, 44, 67, 92, 120, 154, 201};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 template <> struct StepTable<5> {
   static constexpr int COUNT = 15;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {10, 20, 30, 40, 50, 61, 73, 85, 98, 112, 127, 144, 164, 189, 224};
-    return table[i];
+    return i < COUNT ? table[i] : 0;
   }
 };
 

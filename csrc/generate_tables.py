@@ -23,7 +23,7 @@ def _tables(name: str, comment: str, rows: dict[int, list[str]], value_type: str
     cases = "".join(
         f"template <> struct {name}Table<{key}> {{\n  static constexpr int COUNT = {len(row)};\n"
         f"  __host__ __device__ static constexpr {value_type} at(int i) {{\n"
-        f"    constexpr {value_type} table[] = {{{', '.join(row)}}};\n    return table[i];\n  }}\n}};\n"
+        f"    constexpr {value_type} table[] = {{{', '.join(row)}}};\n    return i < COUNT ? table[i] : 0;\n  }}\n}};\n"
         for key, row in rows.items()
     )
     return f"\n// {comment}\ntemplate <int KEY> struct {name}Table;\n{cases}"

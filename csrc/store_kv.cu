@@ -9,7 +9,7 @@ namespace tq {
 
 // Returns a cudaError_t. TQ_HEAD_DIMS lists the head sizes of the page.
 #define TQ_HEAD_DIMS(X) X(64) X(80) X(96) X(112) X(128) X(192) X(256)
-#define TQ_DECLARE(D) int launch_store_kv_##D(const StoreParams& params, int ctas, int shared_bytes, cudaStream_t stream);
+#define TQ_DECLARE(D) int launch_store_kv_##D(const StoreParams& params, int multiprocessors, int shared_bytes, cudaStream_t stream);
 TQ_HEAD_DIMS(TQ_DECLARE)
 
 }  // namespace tq
@@ -22,13 +22,9 @@ extern "C" int tq_store_kv(const tq::StoreParams* params, cudaStream_t stream) {
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
   for (const StoreRole& role : params->role) table_rows = std::max(table_rows, role.table_rows);
-  const int tokens = params->head_dim >= 192 ? 4 : 8;  // of a warp
-  const int64_t items = int64_t{(params->num_slots + tokens - 1) / tokens} * params->num_kv_heads;
-  constexpr int WARPS = STORE_THREADS / 32;
-  const int ctas = static_cast<int>(std::min<int64_t>((items + WARPS - 1) / WARPS, std::max(1, multiprocessors * 3 / 2)));
   const int shared_bytes = table_rows * static_cast<int>(TABLE_ROW_BYTES);
   switch (params->head_dim) {
-#define TQ_CASE(D) case D: return launch_store_kv_##D(*params, ctas, shared_bytes, stream);
+#define TQ_CASE(D) case D: return launch_store_kv_##D(*params, multiprocessors, shared_bytes, stream);
     TQ_HEAD_DIMS(TQ_CASE)
   }
   return cudaErrorInvalidValue;

@@ -1,8 +1,8 @@
 // Fused write: load, subtract the key offset, rotate, normalise, search the scale, quantize, pack and scatter.
 //
-// LANES lanes hold a vector, a warp holds 32 / LANES tokens of one KV head, and blockIdx.y says keys or values. The work is in the
-// scale search: 9 candidates x head_dim coordinates, each a nearest-level look-up. The thresholds of a page codebook are
-// integers in units, so that cell = floor(magnitude / (candidate * unit)) decides the level exactly (as in
+// A few lanes hold a vector, a warp holds neighbouring tokens of one KV head, and blockIdx.y says keys or values. The work is
+// in the scale search: 9 candidates x head_dim coordinates, each a nearest-level look-up. The thresholds of a page codebook
+// are integers in units, so that cell = floor(magnitude / (candidate * unit)) decides the level exactly (as in
 // tq_vllm/core/quantizers.py). A table over cells gives the level as a float, with its index in the lowest mantissa bits,
 // and is repeated for every lane of a warp: lane l reads bank l and no two lanes conflict. Per coordinate and candidate
 // that is FFMA (floor), IMAD (address), LDS, FFMA (dot product), FFMA (norm).
@@ -19,11 +19,14 @@
 namespace tq {
 
 constexpr int STORE_THREADS = 256;
+// CTAs of a multiprocessor: three leave 80 registers a thread, each has its own table.
+__host__ __device__ constexpr int store_ctas(int head_dim) { return head_dim == 256 ? 2 : 3; }
 constexpr float FLOAT16_MAX = 65504.f;
 constexpr float FLOOR_BIAS = 8388608.f;  // 2^23: adding it with rounding down leaves floor(x) in the low mantissa bits
 constexpr uint32_t TABLE_ROW_BYTES = 32 * 4;
 constexpr uint32_t FLOOR_BIAS_ADDRESS = 0x4b000000u * TABLE_ROW_BYTES;  // of 2^23 itself, modulo 2^32
 constexpr uint32_t INDEX_MASK = 15;  // a level 2m+1 has 8 significant bits: its low mantissa bits are free
+constexpr float FLOAT32_MAX = 3.402823466e38f;
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t x;
@@ -36,18 +39,28 @@ __device__ __forceinline__ uint32_t table_address(float magnitude, float cells_p
   return __float_as_uint(__fmaf_rd(magnitude, cells_per_unit, FLOOR_BIAS)) * TABLE_ROW_BYTES + base;
 }
 
-// Row `cell` of the table holds the level 2m+1 of that cell as a float, its index in the low bits, 32 times.
+// Row `cell` of the table holds, 32 times, the level 2m+1 of that cell as a float whose low bits are the level's index: of
+// the floats with these low bits the nearest one, at most 8 units in the last place away.
+template <int BITS>
+__device__ __forceinline__ uint32_t table_entry(int cell) {
+  int m = LevelTable<BITS>::at(0), index = 0;
+#pragma unroll
+  for (int t = 0; t < StepTable<BITS>::COUNT; t++) {
+    if (cell >= StepTable<BITS>::at(t)) m = LevelTable<BITS>::at(t + 1), index = t + 1;
+  }
+  return __float_as_uint(2.f * m + 1.f) + index - (index > 8 ? 16 : 0);
+}
+
 template <int BITS>
 __device__ __forceinline__ void fill_table(uint4* table, int rows) {
-  for (int i = threadIdx.x; i < 8 * rows; i += STORE_THREADS) {
-    const int cell = i / 8;
-    int m = LevelTable<BITS>::at(0), index = 0;
+  const int lane = threadIdx.x % 32;
+  for (int first = threadIdx.x / 32 * 32; first < rows; first += STORE_THREADS) {  // 32 rows a warp, one a lane
+    const uint32_t mine = table_entry<BITS>(first + lane);
 #pragma unroll
-    for (int t = 0; t < StepTable<BITS>::COUNT; t++) {
-      if (cell >= StepTable<BITS>::at(t)) m = LevelTable<BITS>::at(t + 1), index = t + 1;
+    for (int r = 0; r < 32; r += 4) {  // four rows at a time, 8 lanes each
+      const uint32_t entry = __shfl_sync(ALL_LANES, mine, r + lane / 8);
+      if (first + r + lane / 8 < rows) table[8 * (first + r) + lane] = make_uint4(entry, entry, entry, entry);
     }
-    const uint32_t entry = __float_as_uint(2.f * m + 1.f) | index;
-    table[i] = make_uint4(entry, entry, entry, entry);
   }
 }
 
@@ -55,54 +68,80 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
-// x[j] <- RUN consecutive elements.
+// x[j] <- RUN consecutive elements with their random signs; i: place of the first among the lane's coordinates.
 template <int RUN, typename T>
-__device__ __forceinline__ void load_run(const T* source, bool vector_loads, float (&x)[RUN]) {
-  if (vector_loads) {
-    constexpr int BYTES = RUN * sizeof(T), PIECE = BYTES < 16 ? BYTES : 16, COUNT = PIECE / sizeof(T);
+__device__ __forceinline__ void load_run(const T* source, bool vector_loads, uint32_t signs, int i, float (&x)[RUN]) {
+  constexpr int BYTES = RUN * sizeof(T), WORDS = BYTES / 4;
+  if (vector_loads && WORDS > 0) {
+    uint32_t word[WORDS > 0 ? WORDS : 1];
+    if constexpr (BYTES % 16 == 0) {
 #pragma unroll
-    for (int piece = 0; piece < BYTES / PIECE; piece++) {
-      alignas(16) T buffer[COUNT];
-      const T* from = source + piece * COUNT;
-      if constexpr (PIECE == 16) *reinterpret_cast<uint4*>(buffer) = *reinterpret_cast<const uint4*>(from);
-      if constexpr (PIECE == 8) *reinterpret_cast<uint2*>(buffer) = *reinterpret_cast<const uint2*>(from);
-      if constexpr (PIECE == 4) *reinterpret_cast<uint32_t*>(buffer) = *reinterpret_cast<const uint32_t*>(from);
-      if constexpr (PIECE == 2) buffer[0] = *from;
+      for (int w = 0; w < WORDS; w += 4) {
+        const uint4 piece = reinterpret_cast<const uint4*>(source)[w / 4];
+        word[w] = piece.x, word[w + 1] = piece.y, word[w + 2] = piece.z, word[w + 3] = piece.w;
+      }
+    } else {
 #pragma unroll
-      for (int j = 0; j < COUNT; j++) x[piece * COUNT + j] = to_float(buffer[j]);
+      for (int w = 0; w < WORDS; w++) word[w] = reinterpret_cast<const uint32_t*>(source)[w];
+    }
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+      if constexpr (sizeof(T) == 4) {
+        x[w] = flip_sign(__uint_as_float(word[w]), signs, i + w);
+      } else {
+        const uint32_t pair = flip_signs(word[w], signs, i + 2 * w);
+        x[2 * w] = to_float(*reinterpret_cast<const T*>(&pair));
+        x[2 * w + 1] = to_float(reinterpret_cast<const T*>(&pair)[1]);
+      }
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < RUN; j++) x[j] = to_float(source[j]);
+    for (int j = 0; j < RUN; j++) x[j] = flip_sign(to_float(source[j]), signs, i + j);
   }
 }
 
-// x <- the lane's coordinates of the vector at element `start` of `source`.
-template <int HEAD_DIM>
+template <class Shape, bool SUBTRACT, typename T>
+__device__ __forceinline__ void load_rows(
+    const void* source, int64_t start, bool vector_loads, uint32_t signs, float (&x)[Shape::ROWS][Shape::RUN]) {
+  const T* from = static_cast<const T*>(source) + start;
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) {
+    float row[Shape::RUN];
+    load_run<Shape::RUN>(from + r * Shape::STRIDE, vector_loads, signs, r * Shape::RUN, row);
+#pragma unroll
+    for (int j = 0; j < Shape::RUN; j++) x[r][j] = SUBTRACT ? x[r][j] - row[j] : row[j];
+  }
+}
+
+// x <- the lane's coordinates of the vector at element `start` of `source`, with their random signs; or x minus them.
+template <class Shape, bool SUBTRACT>
 __device__ __forceinline__ void load_vector(
-    const void* source, int dtype, int64_t start, bool vector_loads, int q,
-    float (&x)[VectorShape<HEAD_DIM>::ROWS][VectorShape<HEAD_DIM>::RUN]) {
-  using Shape = VectorShape<HEAD_DIM>;
+    const void* source, int dtype, int64_t start, bool vector_loads, uint32_t signs, int q,
+    float (&x)[Shape::ROWS][Shape::RUN]) {
   start += q * Shape::RUN;
   if (dtype == BFLOAT16) {
-#pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++)
-      load_run<Shape::RUN>(static_cast<const __nv_bfloat16*>(source) + start + r * Shape::STRIDE, vector_loads, x[r]);
+    load_rows<Shape, SUBTRACT, __nv_bfloat16>(source, start, vector_loads, signs, x);
   } else if (dtype == FLOAT16) {
-#pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++)
-      load_run<Shape::RUN>(static_cast<const __half*>(source) + start + r * Shape::STRIDE, vector_loads, x[r]);
+    load_rows<Shape, SUBTRACT, __half>(source, start, vector_loads, signs, x);
   } else {
-#pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++)
-      load_run<Shape::RUN>(static_cast<const float*>(source) + start + r * Shape::STRIDE, vector_loads, x[r]);
+    load_rows<Shape, SUBTRACT, float>(source, start, vector_loads, signs, x);
   }
+}
+
+// Asks the L2 for the warp's next vectors while these are encoded.
+template <class Shape>
+__device__ __forceinline__ void prefetch_vector(const StoreParams& params, const StoreRole& role, int item, int lane) {
+  const int token = item / params.num_kv_heads * Shape::VECTORS + lane / Shape::LANES;
+  if (token >= params.num_slots) return;
+  const int element_bytes = role.dtype == FLOAT32 ? 4 : 2;
+  const int64_t start = token * role.token_stride + item % params.num_kv_heads * role.head_stride;
+  const int part = lane % Shape::LANES * (Shape::HEAD_DIM / Shape::LANES);
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(role.x) + (start + part) * element_bytes));
 }
 
 // How the words of a plane are spread over the lanes of a vector: GROUP lanes hold parts of the same SLOTS words.
-template <int HEAD_DIM, int PLANE_BITS>
+template <class Shape, int PLANE_BITS>
 struct PlaneShape {
-  using Shape = VectorShape<HEAD_DIM>;
   static constexpr int WIDTH = 32 / PLANE_BITS;  // coordinates a word
   static constexpr bool WHOLE = Shape::RUN >= WIDTH;  // a lane holds whole words
   static constexpr bool ROW_WORDS = Shape::STRIDE >= WIDTH;  // a row holds whole words
@@ -123,9 +162,8 @@ struct PlaneShape {
 };
 
 // The same for the sign bits of plane 4: the bit of coordinate (r, j) is constant_bit + lane_bit, neither negative.
-template <int HEAD_DIM>
+template <int RUN>
 struct Plane4Signs {
-  static constexpr int RUN = VectorShape<HEAD_DIM>::RUN;
   __device__ static constexpr int constant_bit(int r, int j) { return RUN == 8 ? sign_bit(j) : RUN == 1 ? (r & 1 ? 3 : 7) : 8 * j; }
   __device__ static int lane_bit(int q) { return RUN == 8 ? 0 : RUN == 1 ? 8 * q : 16 * (q & 1) + (q & 2 ? 3 : 7); }
 };
@@ -137,10 +175,10 @@ struct Destination {
 };
 
 // Joins the parts of the GROUP lanes of each word and writes the words to the page.
-template <int HEAD_DIM, int PLANE_BITS>
+template <class Shape, int PLANE_BITS>
 __device__ __forceinline__ void write_plane(
-    uint32_t (&words)[PlaneShape<HEAD_DIM, PLANE_BITS>::SLOTS], const StoreRole& role, int plane, Destination to, int q) {
-  using Plane = PlaneShape<HEAD_DIM, PLANE_BITS>;
+    uint32_t (&words)[PlaneShape<Shape, PLANE_BITS>::SLOTS], const StoreRole& role, int plane, Destination to, int q) {
+  using Plane = PlaneShape<Shape, PLANE_BITS>;
   uint8_t* row = to.tile + role.plane[plane] + to.token * role.token_bytes[plane];
   const int word_bytes = role.word_bytes;
 #pragma unroll
@@ -157,17 +195,24 @@ __device__ __forceinline__ void write_scale(float scale, const StoreRole& role, 
     *reinterpret_cast<__half*>(to.tile + role.scale + 2 * token) = __float2half_rn(fminf(scale, FLOAT16_MAX));
 }
 
-// 2 to 5 bits: the page codebook with the best scale candidate. x: rotated; gain: sqrt(d) / norm, 0 for an empty vector
-// (then x is 0). Returns the scale.
-template <int HEAD_DIM, int BITS>
+// 1 / sqrt(x) to the last digit: the approximation alone would decide between candidates that are 2^-22 apart.
+__device__ __forceinline__ float inverse_root(float x) {
+  const float r = rsqrtf(x);
+  return fmaf(0.5f * r, fmaf(-x * r, r, 1.f), r);
+}
+
+// 2 to 5 bits: the page codebook with the best scale candidate. x: rotated, of length `length`, all 0 and 0 for an empty
+// vector. Returns the scale.
+template <class Shape, int BITS>
 __device__ __forceinline__ float encode_levels(
-    float (&x)[VectorShape<HEAD_DIM>::ROWS][VectorShape<HEAD_DIM>::RUN], float gain, float norm, const StoreRole& role,
-    uint32_t table_base, Destination to, int q) {
-  using Shape = VectorShape<HEAD_DIM>;
+    float (&x)[Shape::ROWS][Shape::RUN], float length, const StoreRole& role, uint32_t table_base, Destination to, int q) {
   constexpr int MAIN = plane_bits(BITS, 0);  // plane of the index; in plane 4 with the sign, in plane 2 too for 2 bits
-  using Main = PlaneShape<HEAD_DIM, MAIN>;
-  using Extra = PlaneShape<HEAD_DIM, 1>;
+  using Main = PlaneShape<Shape, MAIN>;
+  using Extra = PlaneShape<Shape, 1>;
+  using Signs = Plane4Signs<Shape::RUN>;
   constexpr float LAST_LEVEL = 2 * LevelTable<BITS>::at(LevelTable<BITS>::COUNT - 1) + 1;
+  const float root = sqrtf(static_cast<float>(Shape::HEAD_DIM));
+  const float gain = length > 0.f ? root / length : 0.f;
 
   uint32_t main[Main::SLOTS] = {}, signs[Main::SLOTS] = {}, extra[Extra::SLOTS] = {};
   float dot_above = 0.f;  // what magnitudes above the cap add to every candidate's dot product
@@ -181,7 +226,7 @@ __device__ __forceinline__ float encode_levels(
       } else if constexpr (BITS == 2) {
         main[Main::slot(r, j)] |= negative << (coordinate_bit(2, Main::place(r, j)) + 1);
       } else {
-        signs[Main::slot(r, j)] |= negative << Plane4Signs<HEAD_DIM>::constant_bit(r, j);
+        signs[Main::slot(r, j)] |= negative << Signs::constant_bit(r, j);
       }
       const float magnitude = fabsf(x[r][j]) * gain;
       x[r][j] = fminf(magnitude, role.magnitude_cap);
@@ -190,34 +235,30 @@ __device__ __forceinline__ float encode_levels(
   }
   dot_above *= LAST_LEVEL;
 
-  float best = -1.f, best_cells = role.cells_per_unit[0];
+  float best = -1.f, best_cells = role.cells_per_unit[0], best_square = 1.f;
 #pragma unroll 1
   for (int k = 0; k < role.num_candidates; k++) {
     const float cells = role.cells_per_unit[k];
-    float dot[2] = {dot_above, 0.f}, square[2] = {};
+    float dots[2] = {dot_above, 0.f}, squares[2] = {};
 #pragma unroll
     for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
       for (int j = 0; j < Shape::RUN; j++) {
         const float level = __uint_as_float(load_shared(table_address(x[r][j], cells, table_base)));
-        dot[(r + j) % 2] = fmaf(x[r][j], level, dot[(r + j) % 2]);
-        square[(r + j) % 2] = fmaf(level, level, square[(r + j) % 2]);
+        dots[(r + j) % 2] = fmaf(x[r][j], level, dots[(r + j) % 2]);
+        squares[(r + j) % 2] = fmaf(level, level, squares[(r + j) % 2]);
       }
     }
-    const float cosine = sum_lanes<Shape::LANES>(dot[0] + dot[1]) * rsqrtf(sum_lanes<Shape::LANES>(square[0] + square[1]));
-    if (cosine > best) best = cosine, best_cells = cells;
+    const float square = sum_lanes<Shape::LANES>(squares[0] + squares[1]);
+    const float projection = sum_lanes<Shape::LANES>(dots[0] + dots[1]) * inverse_root(square);  // <u, c> / |c|
+    if (projection > best) best = projection, best_cells = cells, best_square = square;
   }
 
-  float dot = dot_above, square = 0.f;
 #pragma unroll
   for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
     for (int j = 0; j < Shape::RUN; j++) {
-      const uint32_t entry = load_shared(table_address(x[r][j], best_cells, table_base));
-      const float level = __uint_as_float(entry & ~INDEX_MASK);
-      dot = fmaf(x[r][j], level, dot);
-      square = fmaf(level, level, square);
-      const uint32_t index = entry & INDEX_MASK;
+      const uint32_t index = load_shared(table_address(x[r][j], best_cells, table_base)) & INDEX_MASK;
       if constexpr (BITS == 5) {
         main[Main::slot(r, j)] |= (index >> 1) << coordinate_bit(4, Main::place(r, j));
         extra[Extra::slot(r, j)] |= (index & 1) << coordinate_bit(1, Extra::place(r, j));
@@ -229,29 +270,28 @@ __device__ __forceinline__ float encode_levels(
 #pragma unroll
   for (int s = 0; s < Main::SLOTS; s++) {
     main[s] <<= Main::lane_bit(q);
-    if constexpr (MAIN == 4) main[s] |= signs[s] << Plane4Signs<HEAD_DIM>::lane_bit(q);
+    if constexpr (MAIN == 4) main[s] |= signs[s] << Signs::lane_bit(q);
   }
-  write_plane<HEAD_DIM, MAIN>(main, role, 0, to, q);
+  write_plane<Shape, MAIN>(main, role, 0, to, q);
   if constexpr (num_planes(BITS) == 2) {
 #pragma unroll
     for (int s = 0; s < Extra::SLOTS; s++) extra[s] <<= Extra::lane_bit(q);
-    write_plane<HEAD_DIM, 1>(extra, role, 1, to, q);
+    write_plane<Shape, 1>(extra, role, 1, to, q);
   }
 
-  constexpr float UNIT = Unit<BITS>::VALUE;
-  const float root = sqrtf(static_cast<float>(HEAD_DIM));
-  if (role.scale_rule == SCALE_NORM) return norm / (sqrtf(sum_lanes<Shape::LANES>(square)) * UNIT);
-  if (role.scale_rule == SCALE_UNBIASED) return norm * root / (sum_lanes<Shape::LANES>(dot) * UNIT);
+  const float norm = length / root;  // of the rotated vector with the factor 1 / sqrt(head_dim)
+  if (role.scale_rule == SCALE_NORM) return norm / (sqrtf(best_square) * Unit<BITS>::VALUE);
+  if (role.scale_rule == SCALE_UNBIASED) return length / (best * sqrtf(best_square) * Unit<BITS>::VALUE);
   return norm / root;
 }
 
-// 8 bits: rint(u * 127 / max|u|) as a signed byte. Arguments and result as above.
-template <int HEAD_DIM>
+// 8 bits: rint(u * 127 / max|u|) as a signed byte, u the unit-variance vector. Arguments and result as above.
+template <class Shape>
 __device__ __forceinline__ float encode_bytes(
-    float (&x)[VectorShape<HEAD_DIM>::ROWS][VectorShape<HEAD_DIM>::RUN], float gain, float norm, const StoreRole& role,
-    Destination to, int q) {
-  using Shape = VectorShape<HEAD_DIM>;
-  using Plane = PlaneShape<HEAD_DIM, 8>;
+    float (&x)[Shape::ROWS][Shape::RUN], float length, const StoreRole& role, Destination to, int q) {
+  using Plane = PlaneShape<Shape, 8>;
+  const float root = sqrtf(static_cast<float>(Shape::HEAD_DIM));
+  const float gain = length > 0.f ? root / length : 0.f;
   float largest = 1.f;  // a vector that isn't empty has a coordinate of at least 1
 #pragma unroll
   for (int r = 0; r < Shape::ROWS; r++) {
@@ -272,97 +312,90 @@ __device__ __forceinline__ float encode_bytes(
   }
 #pragma unroll
   for (int s = 0; s < Plane::SLOTS; s++) words[s] <<= Plane::lane_bit(q);
-  write_plane<HEAD_DIM, 8>(words, role, 0, to, q);
-  return norm / sqrtf(fmaxf(sum_lanes<Shape::LANES>(square), 1.f));
+  write_plane<Shape, 8>(words, role, 0, to, q);
+  return length / (root * sqrtf(fmaxf(sum_lanes<Shape::LANES>(square), 1.f)));
 }
 
 // Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role.
-template <int HEAD_DIM>
-__global__ void __launch_bounds__(STORE_THREADS, 3) store_kv_kernel(const __grid_constant__ StoreParams params) {
-  using Shape = VectorShape<HEAD_DIM>;
-  constexpr int TOKENS = 32 / Shape::LANES;  // of a warp
+template <int HEAD_DIM, bool WIDE>
+__global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_kernel(const __grid_constant__ StoreParams params) {
+  using Shape = VectorShape<HEAD_DIM, WIDE>;
   extern __shared__ uint4 table[];
   const StoreRole& role = params.role[blockIdx.y];
   const bool is_key = blockIdx.y == 0;
   const int lane = threadIdx.x % 32, q = lane % Shape::LANES;
-
-  switch (role.bits) {
-    case 2: fill_table<2>(table, role.table_rows); break;
-    case 3: fill_table<3>(table, role.table_rows); break;
-    case 4: fill_table<4>(table, role.table_rows); break;
-    case 5: fill_table<5>(table, role.table_rows); break;
-  }
-  __syncthreads();
   const uint32_t table_base = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane - FLOOR_BIAS_ADDRESS;
-  const uint32_t rotation_signs = lane_signs<HEAD_DIM>(q);
+  const uint32_t signs = lane_signs<Shape>(q);
 
-  const int num_items = (params.num_slots + TOKENS - 1) / TOKENS * params.num_kv_heads;
+  const int num_items = (params.num_slots + Shape::VECTORS - 1) / Shape::VECTORS * params.num_kv_heads;
   const int warps = gridDim.x * (STORE_THREADS / 32);
-  for (int item = blockIdx.x * (STORE_THREADS / 32) + threadIdx.x / 32; item < num_items; item += warps) {
+  int item = blockIdx.x * (STORE_THREADS / 32) + threadIdx.x / 32;
+  for (bool filled = false; !filled || item < num_items; item += warps) {
     const int head = item % params.num_kv_heads;
-    const int token = item / params.num_kv_heads * TOKENS + lane / Shape::LANES;
-    const int64_t slot = token < params.num_slots ? params.slot_mapping[token] : -1;
-    if (!__any_sync(ALL_LANES, slot >= 0)) continue;
-
+    const int token = item / params.num_kv_heads * Shape::VECTORS + lane / Shape::LANES;
     float x[Shape::ROWS][Shape::RUN] = {};
-    Destination to = {nullptr, 0};
-    int place = 0;
-    if (slot >= 0) {
-      load_vector<HEAD_DIM>(role.x, role.dtype, token * role.token_stride + head * role.head_stride, role.vector_loads, q, x);
+    int64_t slot = -1;
+    if (item < num_items && token < params.num_slots) {
+      slot = params.slot_mapping[token];  // the vector is loaded at the same time, whatever the slot
+      const int64_t start = token * role.token_stride + head * role.head_stride;
+      load_vector<Shape, false>(role.x, role.dtype, start, role.vector_loads, signs, q, x);
       if (is_key && params.key_offset != nullptr) {
         const int64_t position = params.positions_are_int64 ? static_cast<const int64_t*>(params.positions)[token]
                                                             : static_cast<const int32_t*>(params.positions)[token];
         const int64_t segment = min(max(position, int64_t{0}) / SEGMENT_TOKENS, int64_t{params.num_segments - 1});
-        float offset[Shape::ROWS][Shape::RUN];
-        load_vector<HEAD_DIM>(params.key_offset, params.offset_dtype,
-                              segment * params.offset_segment_stride + head * params.offset_head_stride, false, q, offset);
-#pragma unroll
-        for (int r = 0; r < Shape::ROWS; r++) {
-#pragma unroll
-          for (int j = 0; j < Shape::RUN; j++) x[r][j] -= offset[r][j];
-        }
+        load_vector<Shape, true>(params.key_offset, params.offset_dtype,
+                                 segment * params.offset_segment_stride + head * params.offset_head_stride,
+                                 params.vector_offsets, signs, q, x);
       }
-      const int in_block = static_cast<int>(slot % params.block_size);
-      to.tile = params.kv_cache + slot / params.block_size * params.block_stride + head * params.head_stride +
+    }
+    if (!filled) {  // while the first loads are on their way
+      switch (role.bits) {
+        case 2: fill_table<2>(table, role.table_rows); break;
+        case 3: fill_table<3>(table, role.table_rows); break;
+        case 4: fill_table<4>(table, role.table_rows); break;
+        case 5: fill_table<5>(table, role.table_rows); break;
+      }
+      __syncthreads();
+      filled = true;
+    }
+    if (!__any_sync(ALL_LANES, slot >= 0)) continue;
+    Destination to = {nullptr, 0};
+    int place = 0;
+    if (slot >= 0) {
+      const uint32_t block = static_cast<uint32_t>(slot) / params.block_size;
+      const uint32_t in_block = static_cast<uint32_t>(slot) - block * params.block_size;
+      to.tile = params.kv_cache + block * params.block_stride + head * params.head_stride +
                 in_block / TILE_TOKENS * params.tile_bytes;
       place = in_block % TILE_TOKENS;
       to.token = is_key ? place : value_token_order(place);
     }
+    prefetch_vector<Shape>(params, role, item + warps, lane);
 
-#pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++) {
-#pragma unroll
-      for (int j = 0; j < Shape::RUN; j++) x[r][j] = flip_sign<HEAD_DIM>(x[r][j], rotation_signs, r * Shape::RUN + j);
-    }
-    hadamard<HEAD_DIM>(x, q);
-    const float root = sqrtf(static_cast<float>(HEAD_DIM));
+    hadamard<Shape>(x, q);
     float square = 0.f;
 #pragma unroll
     for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
-      for (int j = 0; j < Shape::RUN; j++) {
-        x[r][j] = fmaf(x[r][j], 1.f / root, 0.f);  // + 0 makes -0 positive
-        square = fmaf(x[r][j], x[r][j], square);
-      }
+      for (int j = 0; j < Shape::RUN; j++) square = fmaf(x[r][j], x[r][j], square);
     }
-    float norm = sqrtf(sum_lanes<Shape::LANES>(square));
-    float gain = root / norm;
-    if (!(norm > 0.f && norm <= 3.402823466e38f)) {  // zero, NaN, inf or above the range of float32: stored as 0
-      norm = gain = 0.f;
+    float length = sqrtf(sum_lanes<Shape::LANES>(square));
+    const bool empty = !(length > 0.f && length <= FLOAT32_MAX);  // zero, NaN, inf or above the range of float32
+    if (__any_sync(ALL_LANES, empty)) {
+      if (empty) length = 0.f;
 #pragma unroll
       for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
-        for (int j = 0; j < Shape::RUN; j++) x[r][j] = 0.f;
+        for (int j = 0; j < Shape::RUN; j++) x[r][j] = empty ? 0.f : x[r][j];
       }
     }
 
     float scale = 0.f;
     switch (role.bits) {
-      case 2: scale = encode_levels<HEAD_DIM, 2>(x, gain, norm, role, table_base, to, q); break;
-      case 3: scale = encode_levels<HEAD_DIM, 3>(x, gain, norm, role, table_base, to, q); break;
-      case 4: scale = encode_levels<HEAD_DIM, 4>(x, gain, norm, role, table_base, to, q); break;
-      case 5: scale = encode_levels<HEAD_DIM, 5>(x, gain, norm, role, table_base, to, q); break;
-      case 8: scale = encode_bytes<HEAD_DIM>(x, gain, norm, role, to, q); break;
+      case 2: scale = encode_levels<Shape, 2>(x, length, role, table_base, to, q); break;
+      case 3: scale = encode_levels<Shape, 3>(x, length, role, table_base, to, q); break;
+      case 4: scale = encode_levels<Shape, 4>(x, length, role, table_base, to, q); break;
+      case 5: scale = encode_levels<Shape, 5>(x, length, role, table_base, to, q); break;
+      case 8: scale = encode_bytes<Shape>(x, length, role, to, q); break;
     }
     write_scale(scale, role, place, to, q);
   }

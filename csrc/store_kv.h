@@ -40,6 +40,7 @@ struct StoreParams {
   const void* key_offset;       // [num_segments, num_kv_heads, head_dim] or null, last dimension contiguous
   int64_t offset_segment_stride, offset_head_stride;  // elements
   int32_t offset_dtype;         // DType
+  int32_t vector_offsets;       // as vector_loads
   int32_t positions_are_int64;
   int32_t num_segments;
   int32_t num_slots;

@@ -7,6 +7,7 @@ import torch
 
 from tq_vllm.config import PRESETS
 from tq_vllm.core.cache import encode_kv, offset_at
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.core.codebooks import page_centroids
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage, unpack_words, value_token_order
@@ -62,6 +63,22 @@ def cosines(x, codes, bits):
     return torch.nn.functional.cosine_similarity(y, c, dim=-1, eps=1e-300)
 
 
+def on_a_threshold(x, codes, reference, config, bits):
+    """Say for each vector x [n, head_dim] whether codes and reference differ only where, for one of the candidates, a
+    coordinate stands within 2e-5 of the threshold between the two levels (or within 1e-5 of 0 for a sign)."""
+    y = get_rotation(x.shape[-1]).forward(x.double())
+    u = y * (math.sqrt(x.shape[-1]) / y.norm(dim=-1, keepdim=True))
+    low = 2 ** (bits - 1) - 1
+    upper = torch.maximum(codes & low, reference & low).long()
+    levels = torch.tensor(PAGE_LEVELS[bits])
+    steps = torch.cat((torch.tensor([math.inf]), (levels[1:] + levels[:-1] + 1).double())) * PAGE_UNIT[bits]
+    ratio = u.abs() / steps[upper]  # [n, head_dim]
+    near = (ratio[..., None] / torch.tensor(config.scale_search) - 1).abs().amin(-1) < 2e-5
+    near &= ((codes & low).int() - (reference & low).int()).abs() == 1
+    near |= ((codes ^ reference) == low + 1) & (u.abs() < 1e-5)
+    return (near | (codes == reference)).all(-1)
+
+
 def run_both(preset, key, value, slots, positions=None, key_offset=None, block_size=16, padding=0):
     """Store with CUDA and with PyTorch on the CPU into equal caches; return (page, CUDA bytes, CPU bytes, view)."""
     page = TurboQuantPage(PRESETS[preset], key.shape[-1])
@@ -91,7 +108,10 @@ def check_near_ties(page, got, expected, view, key, value, slots, allowed=1e-4):
         differing += int((codes != codes_ref).sum())
         rows = (codes != codes_ref).any(-1)
         gap = (cosines(x[rows], codes[rows], bits) - cosines(x[rows], codes_ref[rows], bits)).abs()
-        assert gap.numel() == 0 or gap.max() < (2e-6 if bits < 8 else 1e-4), f"{page} {gap.max()}"
+        near = gap < (2e-6 if bits < 8 else 1e-4)
+        if bits < 8:
+            near |= on_a_threshold(x[rows], codes[rows], codes_ref[rows], page.config, bits)
+        assert near.all(), f"{page}: {gap[~near]}"
         torch.testing.assert_close(scale[~rows].float(), scale_ref[~rows].float(), rtol=1.1e-3, atol=6e-8)
         torch.testing.assert_close(scale[rows].float(), scale_ref[rows].float(), rtol=0.5, atol=0)
     share = differing / (2 * n * key.shape[1] * key.shape[2])
@@ -155,10 +175,11 @@ def test_strange_vectors(preset, head_dim):
     found, reference = read_slots(view(got), page, slots), read_slots(view(expected), page, slots)
     for i in (0, 2):
         assert (found[i][empty, 0] == 0).all() and (found[i + 1][empty, 0] == 0).all()
-        assert found[i + 1].isfinite().all() and torch.equal(found[i + 1][7], reference[i + 1][7])
+        assert found[i + 1].isfinite().all()
     ordinary = torch.cat((torch.tensor([0]), torch.arange(10, 64)))
-    for a, b in zip(found, reference, strict=True):
-        assert torch.equal(a[ordinary], b[ordinary])
+    for i in (0, 2):
+        assert torch.equal(found[i][ordinary], reference[i][ordinary])
+        torch.testing.assert_close(found[i + 1][ordinary], reference[i + 1][ordinary], rtol=1.1e-3, atol=0)
 
 
 @pytest.mark.parametrize("offset_dtype", [torch.float32, torch.bfloat16])

@@ -75,6 +75,7 @@ class _StoreParams(ctypes.Structure):
         ("offset_segment_stride", ctypes.c_int64),
         ("offset_head_stride", ctypes.c_int64),
         ("offset_dtype", ctypes.c_int32),
+        ("vector_offsets", ctypes.c_int32),
         ("positions_are_int64", ctypes.c_int32),
         ("num_segments", ctypes.c_int32),
         ("num_slots", ctypes.c_int32),
@@ -143,6 +144,11 @@ def check_pages(kv_cache: torch.Tensor, page: TurboQuantPage) -> None:
         )
 
 
+def _rows_are_aligned(x: torch.Tensor) -> bool:
+    """Say whether every row of x [a, b, head_dim] starts at a multiple of 16 bytes."""
+    return (x.data_ptr() | x.stride(0) * x.element_size() | x.stride(1) * x.element_size()) % 16 == 0
+
+
 def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: str) -> None:
     """Quantize keys and values and write them to their slots in one launch; arguments in schema.py."""
     num_slots = slot_mapping.shape[0]
@@ -164,7 +170,7 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
             )
         role.x, role.dtype = x.data_ptr(), DTYPES[x.dtype]
         role.token_stride, role.head_stride = x.stride(0), x.stride(1)
-        role.vector_loads = (x.data_ptr() | (x.stride(0) | x.stride(1)) * x.element_size()) % 16 == 0
+        role.vector_loads = _rows_are_aligned(x)
     params.kv_cache = kv_cache.data_ptr()
     params.block_stride, params.head_stride = kv_cache.stride()[:2]
     params.slot_mapping, params.num_slots = slot_mapping.data_ptr(), num_slots
@@ -180,6 +186,7 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
                 f"dimension contiguous."
             )
         params.positions, params.positions_are_int64 = positions.data_ptr(), positions.dtype == torch.int64
+        params.vector_offsets = _rows_are_aligned(key_offset)
         params.key_offset, params.offset_dtype = key_offset.data_ptr(), DTYPES[key_offset.dtype]
         params.offset_segment_stride, params.offset_head_stride, params.num_segments = (
             key_offset.stride(0), key_offset.stride(1), key_offset.shape[0],
