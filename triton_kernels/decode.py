@@ -94,6 +94,10 @@ def decode_kernel(
             mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32) * scale  # fmt: skip
 
+    NATURAL: tl.constexpr = OFFSET or SOFT_CAP  # scores are scaled before the softmax, not by it
+    unit_scale = row_scale
+    if NATURAL:
+        unit_scale = tl.full([BM], 1.0, tl.float32)
     maximum = tl.full([BM], NOTHING, tl.float32)
     total = tl.zeros([BM], tl.float32)
     if LOOKUP_VALUES:
@@ -118,7 +122,7 @@ def decode_kernel(
         pairs = tile_records(block_row, start, seq_len, kv_head, stride_block, stride_head,
                              BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
         key_scale = load_scales(words, pairs, KEYS, BN)
-        value_scale = load_scales(words, pairs, VALUES, BN) * VALUES.unit
+        value_scale = load_scales(words, pairs, VALUES, BN)
         value_scale = tl.where(start + in_tile < seq_len, value_scale, 0.0)
         if LOOKUP_KEYS:
             k0, k1, k2, k3, k4, k5, k6, k7 = lookup(nibbles(words, record, in_record, KEYS, W, True), KEYS)
@@ -133,15 +137,18 @@ def decode_kernel(
         else:
             k = numbers(words, record, in_record, KEYS, W, BN, DTYPE)
             scores = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32))
-        scores = scores * key_scale[None, :] * row_scale[:, None]
+        scores = scores * key_scale[None, :]
+        if NATURAL:
+            scores = scores * row_scale[:, None]
         if OFFSET:
             segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
             offset = tl.load(key_offset + segment * stride_segment + kv_head * stride_offset_head + d,
                              mask=d < HEAD_DIM, other=0.0).to(tl.float32)  # fmt: skip
             scores += tl.sum(raw * offset[None, :], 1)[:, None]
-        scores = capped(scores, soft_cap, SOFT_CAP)
+        if SOFT_CAP:
+            scores = capped(scores, soft_cap)
         scores = tl.where(visible(position, start + in_tile, window, WINDOW), scores, float("-inf"))
-        weights, factor, maximum, total = online_softmax(scores, maximum, total)
+        weights, factor, maximum, total = online_softmax(scores, unit_scale, maximum, total)
         weights = (weights * value_scale[None, :]).to(WEIGHTS)
         if LOOKUP_VALUES:
             v0, v1, v2, v3, v4, v5, v6, v7 = lookup(
@@ -160,7 +167,7 @@ def decode_kernel(
             o = dot(weights, v, o * factor[:, None])
 
     split_row = (item.to(tl.int64) * num_kv_heads + kv_head) * max_rows + row
-    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    inverse = VALUES.unit / tl.where(total > 0, total, 1.0)
     if LOOKUP_VALUES:
         at = split_out + split_row[:, None] * D + 8 * group[None, :]
         tl.store(at, o0 * inverse[:, None], mask=valid[:, None])

@@ -18,7 +18,7 @@ def merge_kernel(
     seq_lens,  # int32 [num_reqs]
     query_start_loc,  # int32 [num_reqs + 1]
     sinks,  # [num_heads]
-    signs,  # int8 [D, D]
+    signs,  # bf16 [D, D]
     out,  # [num_tokens, num_heads, HEAD_DIM]
     lse,  # f32 [num_heads, num_tokens]
     num_reqs, programs, max_rows, window, stride_out_token, stride_out_head, stride_lse,
@@ -91,9 +91,7 @@ def merge_splits(
     num_items, num_kv_heads, max_rows, D = split_out.shape
     num_reqs, (num_heads, head_dim) = len(seq_lens), out.shape[1:]
     rows = max_query_len * num_heads
-    phases = LANES  # few rows have many splits each: spread those over lanes
-    while phases > 1 and num_reqs * rows * phases > 16384:
-        phases //= 2
+    phases = min(LANES, triton.next_power_of_2(num_items // num_reqs))  # about as many as a row has splits
     merge_kernel[(triton.cdiv(rows, LANES // phases), num_reqs)](
         split_out, split_lse, seq_lens, query_start_loc, split_lse if sinks is None else sinks,
         sign_matrix(head_dim, D, out.device), out, split_lse if lse is None else lse,

@@ -19,12 +19,111 @@ BN = SEGMENT_TOKENS  # tokens of a tile: the key offset is one number over it
 
 
 @triton.jit
-def _load_raw(pointers, valid, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """Raw vectors [BN, D], zero where not valid and where a vector holds a NaN or an infinity, as the cache stores them."""
+def find_broken_kernel(
+    key, value,  # [num_tokens, num_kv_heads, HEAD_DIM]
+    broken,  # int32 [1], zero; 1 where a number is not finite
+    query_end,  # int32 [1], query_start_loc[-1]: rows past it hold anything
+    stride_key_token, stride_key_head, stride_value_token, stride_value_head,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
     d = tl.arange(0, D)
-    x = tl.load(pointers[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    finite = tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0
-    return tl.where(finite[:, None], x, 0.0).to(x.dtype)
+    present = (token < tl.load(query_end))[:, None] & (d < HEAD_DIM)[None, :]
+    token = token.to(tl.int64)[:, None]
+    k = tl.load(key + token * stride_key_token + head * stride_key_head + d[None, :], mask=present, other=0.0)
+    v = tl.load(value + token * stride_value_token + head * stride_value_head + d[None, :], mask=present, other=0.0)
+    if tl.sum(k.to(tl.float32) * 0.0 + v.to(tl.float32) * 0.0) != 0.0:
+        tl.store(broken, 1)
+
+
+@triton.jit
+def _load_raw(pointers, real, HEAD_DIM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr):
+    """Raw vectors [BN, D]. MASKED: zero where not `real`. CHECKED: zero where a number is not finite, as the cache does."""
+    d = tl.arange(0, D)
+    at = pointers[:, None] + d[None, :]
+    if MASKED:
+        x = tl.load(at, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM < D:
+        x = tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        x = tl.load(at)
+    if CHECKED:
+        finite = tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0
+        x = tl.where(finite[:, None], x, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _attend_raw(
+    q, query_start, query_len, index, keys, values, begin, end, result, maximum, total,
+    stride_key_token, stride_value_token, window, to_score, soft_cap,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take tokens begin .. end of this step into result, maximum and total. Without MASKED all rows see all of them."""
+    for start in tl.range(begin, end, BN, num_stages=STAGES):
+        column = start + tl.arange(0, BN)
+        real = column < query_len
+        source = (query_start + column).to(tl.int64)
+        k = _load_raw(keys + source * stride_key_token, real, HEAD_DIM, D, MASKED, CHECKED)
+        scores = dot(q, tl.trans(k).to(q.dtype), tl.zeros([BM, BN], tl.float32))
+        scale = tl.full([BM], 1.0, tl.float32)
+        if SOFT_CAP:
+            scores = capped(scores * to_score, soft_cap)
+        else:
+            scale *= to_score
+        if MASKED:
+            scores = tl.where(visible(index, column, window, WINDOW) & real[None, :], scores, float("-inf"))
+        weights, factor, maximum, total = online_softmax(scores, scale, maximum, total)
+        v = _load_raw(values + source * stride_value_token, real, HEAD_DIM, D, MASKED, CHECKED)
+        result = dot(weights.to(v.dtype), v, result * factor[:, None])
+    return result, maximum, total
+
+
+@triton.jit
+def _attend_codes(
+    rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, first_tile, end_tile,
+    result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head, window, to_score, soft_cap,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+    OFFSET: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take tiles first_tile .. end_tile of the cache into result (in the space of the codes, in units of VALUES.unit),
+    maximum and total. Without MASKED all rows see all of them."""
+    words = cache.to(tl.pointer_type(tl.int32))
+    in_record, in_tile = column_tokens(BN)
+    d = tl.arange(0, 8 * W)
+    if OFFSET:
+        raw = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
+        start = tile * BN
+        record = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
+                              BLOCK_SIZE, TILE_BYTES, BN, BN)  # fmt: skip
+        pairs = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
+                             BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
+        k = numbers(words, record, in_record, KEYS, W, BN, rotated.dtype)
+        scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32)) * load_scales(words, pairs, KEYS, BN)[None, :]
+        scale = row_scale
+        if OFFSET or SOFT_CAP:
+            scores = scores * scale[:, None]
+            scale = tl.full([BM], 1.0, tl.float32)
+        if OFFSET:
+            segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
+            offset = tl.load(offsets + segment * stride_segment + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+            scores += (tl.sum(raw.to(tl.float32) * offset[None, :], 1) * to_score)[:, None]
+        if SOFT_CAP:
+            scores = capped(scores, soft_cap)
+        value_scale = load_scales(words, pairs, VALUES, BN)
+        if MASKED:
+            written = start + in_tile < codes_len
+            seen = visible(position, start + in_tile, window, WINDOW) & written[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+            value_scale = tl.where(written, value_scale, 0.0)
+        weights, factor, maximum, total = online_softmax(scores, scale, maximum, total)
+        v = numbers(words, record, tl.arange(0, BN) % 16, VALUES, W, BN, VALUE_DTYPE)
+        result = dot((weights * value_scale[None, :]).to(VALUE_DTYPE), v, result * factor[:, None])
+    return result, maximum, total
 
 
 @triton.jit
@@ -37,9 +136,10 @@ def prefill_kernel(
     query_start_loc,  # int32 [num_reqs + 1]
     key_offset,  # [num_segments, num_kv_heads, HEAD_DIM], read for OFFSET
     sinks,  # [num_heads], read for SINKS
-    signs,  # int8 [D, D]
+    signs,  # bf16 [D, D]
     out,  # [num_tokens, num_heads, HEAD_DIM]
     lse,  # f32 [num_heads, num_tokens], written for LSE
+    broken,  # int32 [1] from find_broken_kernel, read for FRESH
     num_segments, window, softmax_scale, soft_cap,
     stride_block, stride_head,  # of the cache, in 16 bytes
     stride_table, stride_query_token, stride_query_head, stride_key_token, stride_key_head,
@@ -80,63 +180,60 @@ def prefill_kernel(
     total = tl.zeros([BM], tl.float32)
     result = tl.zeros([BM, D], tl.float32)
 
-    if FRESH:
-        codes_len = context_len
-    else:
-        codes_len = tl.minimum(context_len + end_index, seq_len)
-    first_tile = 0
-    if WINDOW:
-        first_tile = tl.maximum(context_len + first_index - window + 1, 0) // BN
+    # Tiles that every row sees as a whole come first and need no mask.
+    codes_len = context_len if FRESH else tl.minimum(context_len + end_index, seq_len)
+    whole_len = context_len if FRESH else context_len + first_index + 1
     if codes_len > 0:
-        rotated, scale = normalised(rotate_rows(query_rows, valid, signs, HEAD_DIM, D, BM), KEY_DTYPE)
-        row_scale = scale * (to_score * KEYS.unit)
-        if OFFSET:
-            raw = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        first_tile = 0
+        whole_tile = whole_len // BN
+        if WINDOW:
+            first_tile = tl.maximum(context_len + first_index - window + 1, 0) // BN
+            whole_tile = first_tile
+        rotated, row_scale = normalised(rotate_rows(query_rows, valid, signs, HEAD_DIM, D, BM), KEY_DTYPE)
+        row_scale *= to_score * KEYS.unit
         block_row = block_table + request.to(tl.int64) * stride_table
-        words = cache.to(tl.pointer_type(tl.int32))
-        in_record, in_tile = column_tokens(BN)
-        for tile in tl.range(first_tile, tl.cdiv(codes_len, BN), num_stages=STAGES):
-            start = tile * BN
-            record = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
-                                  BLOCK_SIZE, TILE_BYTES, BN, BN)  # fmt: skip
-            pairs = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
-                                 BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
-            written = start + in_tile < codes_len
-            k = numbers(words, record, in_record, KEYS, W, BN, KEY_DTYPE)
-            scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32))
-            key_scale = load_scales(words, pairs, KEYS, BN)
-            scores = scores * key_scale[None, :] * row_scale[:, None]
-            if OFFSET:
-                segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
-                offset = tl.load(key_offset + segment * stride_segment + kv_head * stride_offset_head + d,
-                                 mask=d < HEAD_DIM, other=0.0).to(tl.float32)  # fmt: skip
-                scores += (tl.sum(raw.to(tl.float32) * offset[None, :], 1) * to_score)[:, None]
-            scores = capped(scores, soft_cap, SOFT_CAP)
-            seen = visible(position, start + in_tile, window, WINDOW) & written[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-            weights, factor, maximum, total = online_softmax(scores, maximum, total)
-            value_scale = load_scales(words, pairs, VALUES, BN) * VALUES.unit
-            value_scale = tl.where(written, value_scale, 0.0)
-            v = numbers(words, record, tl.arange(0, BN) % 16, VALUES, W, BN, VALUE_DTYPE)
-            result = dot((weights * value_scale[None, :]).to(VALUE_DTYPE), v, result * factor[:, None])
-        result = unrotate(result, signs, HEAD_DIM, D, BM, 3 if WIDE else 2)
+        offsets = key_offset + kv_head * stride_offset_head
+        result, maximum, total = _attend_codes(
+            rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, first_tile,
+            whole_tile, result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
+            window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN, VALUE_DTYPE,
+            OFFSET, WINDOW, SOFT_CAP, False, STAGES,
+        )  # fmt: skip
+        result, maximum, total = _attend_codes(
+            rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, whole_tile,
+            tl.cdiv(codes_len, BN), result, maximum, total, offsets, num_segments, stride_segment, stride_block,
+            stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN,
+            VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, True, STAGES,
+        )  # fmt: skip
+        result = unrotate(result * VALUES.unit, signs, HEAD_DIM, D, BM, 3 if WIDE else 2)
 
     if FRESH:
         q = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        keys = key + kv_head * stride_key_head
+        values = value + kv_head * stride_value_head
         begin = 0
+        whole = tl.where(seq_len > 0, (first_index + 1) // BN * BN, 0)
         if WINDOW:
             begin = tl.maximum(first_index - window + 1, 0) // BN * BN
-        for start in tl.range(begin, tl.where(seq_len > 0, end_index, 0), BN, num_stages=STAGES):
-            column = start + tl.arange(0, BN)
-            real = column < query_len
-            source = (query_start + column).to(tl.int64)
-            k = _load_raw(key + source * stride_key_token + kv_head * stride_key_head, real, HEAD_DIM, D)
-            scores = dot(q, tl.trans(k).to(q.dtype), tl.zeros([BM, BN], tl.float32)) * to_score
-            scores = capped(scores, soft_cap, SOFT_CAP)
-            scores = tl.where(visible(index, column, window, WINDOW) & real[None, :], scores, float("-inf"))
-            weights, factor, maximum, total = online_softmax(scores, maximum, total)
-            v = _load_raw(value + source * stride_value_token + kv_head * stride_value_head, real, HEAD_DIM, D)
-            result = dot(weights.to(v.dtype), v, result * factor[:, None])
+            whole = begin
+        end = tl.where(seq_len > 0, end_index, 0)
+        if tl.load(broken) == 0:
+            result, maximum, total = _attend_raw(
+                q, query_start, query_len, index, keys, values, begin, whole, result, maximum, total,
+                stride_key_token, stride_value_token, window, to_score, soft_cap,
+                HEAD_DIM, D, BM, BN, WINDOW, SOFT_CAP, False, False, STAGES,
+            )  # fmt: skip
+            result, maximum, total = _attend_raw(
+                q, query_start, query_len, index, keys, values, whole, end, result, maximum, total,
+                stride_key_token, stride_value_token, window, to_score, soft_cap,
+                HEAD_DIM, D, BM, BN, WINDOW, SOFT_CAP, True, False, STAGES,
+            )  # fmt: skip
+        else:
+            result, maximum, total = _attend_raw(
+                q, query_start, query_len, index, keys, values, begin, end, result, maximum, total,
+                stride_key_token, stride_value_token, window, to_score, soft_cap,
+                HEAD_DIM, D, BM, BN, WINDOW, SOFT_CAP, True, True, 1,
+            )  # fmt: skip
 
     sink = maximum
     if SINKS:
@@ -167,10 +264,17 @@ def prefill(
     fresh = key is not None
     key, value = (key, value) if fresh else (query, query)
     offset = query if key_offset is None else key_offset
+    broken = seq_lens
+    if fresh:
+        broken = torch.zeros(1, dtype=torch.int32, device=query.device)
+        find_broken_kernel[(triton.cdiv(len(key), BN), num_kv_heads)](
+            key, value, broken, query_start_loc[-1:], key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            head_dim, 8 * W, BN, num_warps=4,
+        )  # fmt: skip
     prefill_kernel[(triton.cdiv(rows, BM), num_kv_heads, len(seq_lens))](
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, offset,
         query if sinks is None else sinks, sign_matrix(head_dim, 8 * W, query.device), out, query if lse is None else lse,
-        offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
+        broken, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), offset.stride(0), offset.stride(1),
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),

@@ -16,15 +16,15 @@ from tq_vllm.triton_kernels.dot import dot
 
 @functools.cache
 def sign_matrix(head_dim: int, padded_dim: int, device: torch.device) -> torch.Tensor:
-    """Return the cache's rotation times sqrt(head_dim), +1 and -1, int8 [padded_dim, padded_dim] with zeros past head_dim."""
-    matrix = torch.zeros(padded_dim, padded_dim, dtype=torch.int8)
-    matrix[:head_dim, :head_dim] = (get_rotation(head_dim).matrix() * head_dim**0.5).round().to(torch.int8)
+    """Return the rotation times sqrt(head_dim), +1 and -1: bf16 [padded_dim, padded_dim], zeros past head_dim."""
+    matrix = torch.zeros(padded_dim, padded_dim, dtype=torch.bfloat16)
+    matrix[:head_dim, :head_dim] = (get_rotation(head_dim).matrix() * head_dim**0.5).round().to(torch.bfloat16)
     return matrix.to(device)
 
 
 @triton.jit
 def rotate_rows(rows, valid, signs, HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    """Rotate vectors: rows, pointers [BM] to their first coordinates, valid bool [BM] -> f32 [BM, D], 0 past HEAD_DIM."""
+    """Rotate vectors: pointers [BM] to their first coordinates and bool [BM] -> f32 [BM, D], 0 past HEAD_DIM."""
     STEP: tl.constexpr = 32
     rotated = tl.zeros([BM, D], tl.float32)
     for start in range(0, D, STEP):
@@ -45,8 +45,8 @@ def normalised(rotated, DTYPE: tl.constexpr):
 
 @triton.jit
 def _times_signs(x, signs, PARTS: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
-    """x f32 [BM, K] @ signs int8 [K, D] -> f32 [BM, D], x taken as a sum of PARTS bf16 numbers."""
-    matrix = tl.load(signs + tl.arange(0, K)[:, None] * D + tl.arange(0, D)[None, :]).to(tl.float32).to(tl.bfloat16)
+    """x f32 [BM, K] @ signs bf16 [K, D] -> f32 [BM, D], x taken as a sum of PARTS bf16 numbers."""
+    matrix = tl.load(signs + tl.arange(0, K)[:, None] * D + tl.arange(0, D)[None, :])
     part = x.to(tl.bfloat16)
     product = dot(part, matrix, tl.zeros([BM, D], tl.float32))
     for _ in tl.static_range(PARTS - 1):
@@ -73,7 +73,7 @@ def rotate_queries_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM]
     rotated,  # f16 or f32 [num_tokens, num_heads, D], rows of largest magnitude 1
     scales,  # f32 [num_tokens, num_heads]
-    signs,  # int8 [D, D]
+    signs,  # bf16 [D, D]
     num_rows, stride_token, stride_head,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip

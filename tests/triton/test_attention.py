@@ -11,7 +11,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"seq_lens": (70, 5), "num_kv_heads": 1}
 DECODE = {"fresh": False, "query_lens": (1, 1)}
 PREFILL = {"query_lens": (33, 5)}
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 6e-3}  # ||out - expected|| / ||expected||
+# ||out - expected|| / ||expected||; the interpreter truncates to bf16 where a GPU rounds.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 4e-3}
+if DEVICE == "cpu":
+    TOLERANCE |= {torch.float16: 6e-3, torch.bfloat16: 1.2e-2}
 
 
 def moved(x):
@@ -72,7 +75,7 @@ FEATURES = {
     "block of 64": {"block_size": 64},
     "block of 48": {"block_size": 48},
     "one head": {"group": 1},
-    "group of 16": {"group": 16},
+    "group of 16": {"group": 16, "num_kv_heads": 1},
     "padding": {"padding": 3},
 }
 
