@@ -176,9 +176,11 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
     params.slot_mapping, params.num_slots = slot_mapping.data_ptr(), num_slots
     params.num_kv_heads, params.block_size = kv_cache.shape[1:3]
     if key_offset is not None:
-        if positions is None or positions.dtype not in (torch.int32, torch.int64) or positions.stride(0) != 1:
-            got = "None" if positions is None else f"{positions.dtype} with stride {positions.stride(0)}"
+        if positions is None or positions.dtype not in (torch.int32, torch.int64) or positions.stride() != (1,):
+            got = "None" if positions is None else f"{positions.dtype} with strides {positions.stride()}"
             raise ValueError(f"positions with key_offset: got {got}, allowed a contiguous int32 or int64 [num_tokens].")
+        if positions.shape[0] < num_slots:
+            raise ValueError(f"positions with key_offset: got {positions.shape[0]}, allowed {num_slots} or more.")
         if key_offset.stride(2) != 1 or key_offset.shape[1:] != key.shape[1:] or key_offset.dtype not in DTYPES:
             raise ValueError(
                 f"key_offset: got {key_offset.dtype} {tuple(key_offset.shape)} with strides {key_offset.stride()}, "
