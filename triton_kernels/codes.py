@@ -19,7 +19,7 @@ import triton.language as tl
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage
 
-LOOKUP_BITS = (2, 3, 4)
+LOOKUP_BITS = (2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -90,32 +90,47 @@ def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...]
     return table, PAGE_UNIT[bits], lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
 
 
+def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
+    """Operands of `prmt`: high bytes of the numbers of entries 0..3 and 4..7, then their low bytes."""
+    numbers = torch.tensor([2 * e + 1 for e in (entries * 2)[:8]], dtype=dtype).view(torch.int16).tolist()
+    return [
+        sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)) for shift in (8, 0) for first in (0, 4)
+    ]  # fmt: skip
+
+
 def lookup_asm(bits: int, dtype: tl.dtype) -> str:
     """PTX: words $8 and $9 in nibble form -> $0 .. $7, number k of both words as a pair of dtype.
 
-    The tables are XORed with a zero that the compiler can't see through, or it would build every literal anew at each
-    use. dtype: tl.float16 or tl.bfloat16.
+    5 bits: $10 and $11 hold the lowest bits as `_plane_1` gives them; a table of differences turns the numbers of even
+    indices into those of odd ones. All tables are XORed with a zero that the compiler can't see through, or it would
+    build every literal anew at each use. dtype: tl.float16 or tl.bfloat16.
     """
-    numbers = torch.tensor([2 * e + 1 for e in _entries(bits)] * 2, dtype=torch.float16 if dtype == tl.float16 else torch.bfloat16)[:8]
-    numbers = numbers.view(torch.int16).tolist()
-    high0, high1, low0, low1 = (
-        f"0x{sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)):08x}" for shift in (8, 0) for first in (0, 4)
-    )
+    entries, torch_dtype = _entries(bits), torch.float16 if dtype == tl.float16 else torch.bfloat16
+    tables = dict(zip(("t0", "t1", "u0", "u1"), _table_bytes(entries[:: 2 if bits == 5 else 1], torch_dtype), strict=True))
+    if bits == 5:
+        odd = _table_bytes(entries[1::2], torch_dtype)
+        tables |= {f"d{name}": even ^ o for (name, even), o in zip(tables.items(), odd, strict=True)}
     code = [
-        ".reg .b32 z, t0, t1, u0, u1, s, x, ha0, ha1, la0, la1, hb0, hb1, lb0, lb1, p, q;",
+        f".reg .b32 z, s, x, e, m, p, q, ha0, ha1, la0, la1, hb0, hb1, lb0, lb1, {', '.join(tables)};",
         "mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;",
-        f"xor.b32 t0, z, {high0}; xor.b32 t1, z, {high1}; xor.b32 u0, z, {low0}; xor.b32 u1, z, {low1};",
+        *(f"xor.b32 {name}, z, 0x{value:08x};" for name, value in tables.items()),
     ]
-    for word, name in (("$8", "a"), ("$9", "b")):
-        code += [
-            f"and.b32 s, {word}, 0x77777777;",
-            f"prmt.b32 h{name}0, t0, t1, s; prmt.b32 l{name}0, u0, u1, s;",
-            "shr.u32 s, s, 16;",
-            f"prmt.b32 h{name}1, t0, t1, s; prmt.b32 l{name}1, u0, u1, s;",
-            f"shl.b32 x, {word}, 4;",
-            f"lop3.b32 h{name}0, h{name}0, {word}, 0x80808080, 0x78;",  # a ^ (b & c)
-            f"lop3.b32 h{name}1, h{name}1, x, 0x80808080, 0x78;",
-        ]
+    for word, low_bits, name in (("$8", "$10", "a"), ("$9", "$11", "b")):
+        code.append(f"and.b32 s, {word}, 0x77777777;")
+        for half, low_shift, sign_shift in ((0, 7, 0), (1, 6, 4)):
+            high, low = f"h{name}{half}", f"l{name}{half}"
+            code.append(f"prmt.b32 {high}, t0, t1, s; prmt.b32 {low}, u0, u1, s;")
+            if bits == 5:  # a ^ (b & c), where prmt made a byte of ones of every set bit
+                code += [
+                    f"shl.b32 x, {low_bits}, {low_shift}; prmt.b32 m, x, x, 0xba98;",
+                    f"prmt.b32 e, dt0, dt1, s; lop3.b32 {high}, {high}, e, m, 0x78;",
+                    f"prmt.b32 e, du0, du1, s; lop3.b32 {low}, {low}, e, m, 0x78;",
+                ]
+            code += [
+                f"shl.b32 x, {word}, {sign_shift};",
+                f"lop3.b32 {high}, {high}, x, 0x80808080, 0x78;",
+                "shr.u32 s, s, 16;",
+            ]
     for half in (0, 1):
         for pair, select in ((0, "0x5140"), (1, "0x7362")):
             out = 4 * half + 2 * pair
@@ -171,7 +186,7 @@ def load_scales(words, pair_records, CODES: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _over_columns(x, WORDS_FIRST: tl.constexpr):
-    """Spread what belongs to words, [W], over the columns of a [BN, W] tile, or a [W, BN] one for WORDS_FIRST."""
+    """Spread what belongs to words, [N], over the columns of a [BN, N] tile, or of a [N, BN] one for WORDS_FIRST."""
     if WORDS_FIRST:
         return x[:, None]
     else:
@@ -179,20 +194,31 @@ def _over_columns(x, WORDS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _load_words(plane, column, index, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
-    """Word `index` [W] of every column, int32 [BN, W]; 0 in groups past the head's."""
+def _load_words(plane, column, index, present, CODES: tl.constexpr, ALL: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Words `index` [N] of every column, int32 [BN, N]; without ALL, 0 where not `present` [N]."""
     at = plane + _over_columns(column, not WORDS_FIRST) + _over_columns(index * CODES.word, WORDS_FIRST)
-    if CODES.groups == W:
+    if ALL:
         return tl.load(at)
     else:
-        return tl.load(at, mask=_over_columns(tl.arange(0, W) < CODES.groups, WORDS_FIRST), other=0)
+        return tl.load(at, mask=_over_columns(present, WORDS_FIRST), other=0)
+
+
+@triton.jit
+def _interleave(even, odd, WORDS_FIRST: tl.constexpr):
+    """Words 0, 2, 4 .. and 1, 3, 5 .. of every column, int32 [BN, n] each -> [BN, 2 n]."""
+    both = tl.join(even, odd)
+    if WORDS_FIRST:
+        return tl.reshape(tl.permute(both, [0, 2, 1]), [2 * even.shape[0], even.shape[1]])
+    else:
+        return tl.reshape(both, [even.shape[0], 2 * even.shape[1]])
 
 
 @triton.jit
 def _plane_1(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
     """Bits of plane 1, int32 [BN, W]: of coordinate k at bit 8 k for k < 4, at 8 (k - 4) + 1 for the others."""
     group = tl.arange(0, W)
-    word = _load_words(words + CODES.offset1, record + token * CODES.token1, group // 4, CODES, W, WORDS_FIRST)
+    word = _load_words(words + CODES.offset1, record + token * CODES.token1, group // 4, group < CODES.groups, CODES,
+                       CODES.groups == W, WORDS_FIRST)  # fmt: skip
     return word >> _over_columns(group % 4 * 2, WORDS_FIRST)
 
 
@@ -203,13 +229,15 @@ def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FI
     words: the cache as int32. record: int64 [BN] from `tile_records`. token: int32 [BN], 0 .. 15: of the column in its
     record for keys, the column itself for values.
     """
-    group = tl.arange(0, W)
+    plane = words + CODES.offset0
     column = record + token * CODES.token0
     if CODES.bits >= 4:
-        return _load_words(words + CODES.offset0, column, group, CODES, W, WORDS_FIRST)
+        group = tl.arange(0, W)
+        return _load_words(plane, column, group, group < CODES.groups, CODES, CODES.groups == W, WORDS_FIRST)
     else:
-        word = _load_words(words + CODES.offset0, column, group // 2, CODES, W, WORDS_FIRST)
-        nibble = (word >> _over_columns(group % 2 * 2, WORDS_FIRST)) & 0x33333333
+        pair = tl.arange(0, W // 2)
+        word = _load_words(plane, column, pair, 2 * pair < CODES.groups, CODES, CODES.groups == W, WORDS_FIRST)
+        nibble = _interleave(word & 0x33333333, (word >> 2) & 0x33333333, WORDS_FIRST)
         if CODES.bits == 3:
             sign = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
             nibble = nibble | ((sign << 2) & 0x08080808) | ((sign & 0x01010101) << 7)
@@ -217,10 +245,16 @@ def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FI
 
 
 @triton.jit
-def lookup(nibble, CODES: tl.constexpr):
-    """Eight tensors like `nibble`: number k of every word, in units of CODES.unit."""
-    return tl.inline_asm_elementwise(CODES.asm, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [nibble], dtype=CODES.dtypes,
-                                     is_pure=True, pack=2)  # fmt: skip
+def lookup(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Eight 16-bit tensors [BN, W], or [W, BN]: number k of every group, in units of CODES.unit."""
+    nibble = nibbles(words, record, token, CODES, W, WORDS_FIRST)
+    if CODES.bits == 5:
+        low = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
+        return tl.inline_asm_elementwise(CODES.asm, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [nibble, low],
+                                         dtype=CODES.dtypes, is_pure=True, pack=2)  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(CODES.asm, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [nibble], dtype=CODES.dtypes,
+                                         is_pure=True, pack=2)  # fmt: skip
 
 
 @triton.jit
@@ -228,10 +262,10 @@ def expand(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.co
     """Numbers of a tile in units of CODES.unit: DTYPE [BN, 8 W], coordinates past the head's anything finite."""
     k = tl.arange(0, 8)[None, None, :]
     if CODES.bits == 8:
-        group = tl.arange(0, W)
-        column = record + token * CODES.token0
-        low = _load_words(words + CODES.offset0, column, group * 2, CODES, W, False)
-        high = _load_words(words + CODES.offset0, column, group * 2 + 1, CODES, W, False)
+        half = tl.arange(0, 2 * W)
+        word = _load_words(words + CODES.offset0, record + token * CODES.token0, half, half < 2 * CODES.groups, CODES,
+                           CODES.groups == W, False)  # fmt: skip
+        low, high = tl.split(tl.reshape(word, [BN, W, 2]))
         number = (tl.where(k < 4, low[:, :, None], high[:, :, None]) << (24 - k % 4 * 8)) >> 24
     else:
         word = nibbles(words, record, token, CODES, W, False)[:, :, None]
@@ -244,7 +278,9 @@ def expand(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.co
         entry = (four << (24 - index % 4 * 8)) >> 24
         negative = (word >> tl.where(k < 4, 8 * k + 7, 8 * k - 29)) & 1
         number = tl.where(negative != 0, -1 - 2 * entry, 2 * entry + 1)
-    return tl.reshape(number.to(tl.float32).to(DTYPE), [BN, 8 * W])
+    # 1.5 * 2**23 + number, as a float's bits: several times faster than a conversion from int.
+    number = (number + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    return tl.reshape(number.to(DTYPE), [BN, 8 * W])
 
 
 @triton.jit
@@ -253,7 +289,7 @@ def numbers(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.c
     if CODES.asm == "":
         return expand(words, record, token, CODES, W, BN, DTYPE)
     else:
-        v0, v1, v2, v3, v4, v5, v6, v7 = lookup(nibbles(words, record, token, CODES, W, False), CODES)
+        v0, v1, v2, v3, v4, v5, v6, v7 = lookup(words, record, token, CODES, W, False)
         even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [BN, W, 2 (k / 4), 2 (k / 2 % 2)]
         odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
         return tl.reshape(tl.join(even, odd), [BN, 8 * W])

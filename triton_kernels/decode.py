@@ -15,7 +15,6 @@ from tq_vllm.triton_kernels.codes import (
     key_codes,
     load_scales,
     lookup,
-    nibbles,
     numbers,
     tile_records,
     value_codes,
@@ -125,7 +124,7 @@ def decode_kernel(
         value_scale = load_scales(words, pairs, VALUES, BN)
         value_scale = tl.where(start + in_tile < seq_len, value_scale, 0.0)
         if LOOKUP_KEYS:
-            k0, k1, k2, k3, k4, k5, k6, k7 = lookup(nibbles(words, record, in_record, KEYS, W, True), KEYS)
+            k0, k1, k2, k3, k4, k5, k6, k7 = lookup(words, record, in_record, KEYS, W, True)
             scores = dot(q0, k0, tl.zeros([BM, BN], tl.float32))
             scores = dot(q1, k1, scores)
             scores = dot(q2, k2, scores)
@@ -152,7 +151,7 @@ def decode_kernel(
         weights = (weights * value_scale[None, :]).to(WEIGHTS)
         if LOOKUP_VALUES:
             v0, v1, v2, v3, v4, v5, v6, v7 = lookup(
-                nibbles(words, record, tl.arange(0, BN) % 16, VALUES, W, False), VALUES
+                words, record, tl.arange(0, BN) % 16, VALUES, W, False
             )
             o0 = dot(weights, v0, o0 * factor[:, None])
             o1 = dot(weights, v1, o1 * factor[:, None])

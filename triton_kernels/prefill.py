@@ -247,6 +247,16 @@ def prefill_kernel(
         tl.store(lse + head.to(tl.int64) * stride_lse + token, logsumexp, mask=valid)
 
 
+def launch_shape(rows: int, padded_dim: int, wide: bool) -> tuple[int, int, int]:
+    """Rows of a program, its warps and its stages. wide: f32 products, on the FMA units with both operands in shared
+    memory."""
+    if wide or rows <= 16:
+        return 16, 4, 1 if wide or padded_dim > 128 else 2
+    if padded_dim > 128:
+        return 32 if rows <= 32 else 64, 8, 1
+    return (32, 4, 2) if rows <= 32 else (64, 4, 2) if rows <= 512 else (128, 8, 2)
+
+
 def prefill(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, sliding_window: int, logits_soft_cap: float, page: TurboQuantPage,
@@ -257,8 +267,8 @@ def prefill(
     group = num_heads // num_kv_heads
     W = triton.next_power_of_2(head_dim // 8)
     rows = max_query_len * group
-    wide = query.dtype == torch.float32  # products on the FMA units, with operands in shared memory: small tiles
-    BM = 16 if rows <= 16 or wide else 32 if rows <= 32 else 64 if rows <= 512 or W > 16 else 128
+    wide = query.dtype == torch.float32
+    BM, warps, stages = launch_shape(rows, 8 * W, wide)
     lookup = not wide and not INTERPRETED
     keys, values = key_codes(page, tl.float16 if lookup else None), value_codes(page, tl.bfloat16 if lookup else None)
     fresh = key is not None
@@ -280,5 +290,5 @@ def prefill(
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         keys, values, block_size, page.tile_bytes, group, head_dim, W, BM, BN,
         fresh, key_offset is not None, sinks is not None, sliding_window > 0, logits_soft_cap > 0, lse is not None,
-        STAGES=1 if wide or W > 16 else 2, num_warps=8 if BM == 128 or W > 16 else 4,
+        STAGES=stages, num_warps=warps,
     )  # fmt: skip

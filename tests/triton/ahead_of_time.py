@@ -71,6 +71,8 @@ CASES = {
         "preset": "turboquant:k8v4", "query_lens": (40, 40), "head_dim": 256, "with_sinks": True, "with_offset": True,
         "sliding_window": 40, "logits_soft_cap": 5.0,
     },
+    "K3V3 prefill": {"preset": "turboquant:k3v3", "query_lens": (40, 40), "head_dim": 128, "group": 16},
+    "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "K8V8 f32 prefill": {"preset": "turboquant:k8v8", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
 }  # fmt: skip

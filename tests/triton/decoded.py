@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tq_vllm.triton_kernels.codes import column_tokens, load_scales, lookup, nibbles, numbers, tile_records
+from tq_vllm.triton_kernels.codes import column_tokens, load_scales, lookup, numbers, tile_records
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def decoded_kernel(
     tl.store(out + at[:, None] * 8 * W + tl.arange(0, 8 * W)[None, :], decoded)
     if CODES.asm != "":
         group = tl.arange(0, W)[:, None]
-        n0, n1, n2, n3, n4, n5, n6, n7 = lookup(nibbles(words, record, place, CODES, W, True), CODES)
+        n0, n1, n2, n3, n4, n5, n6, n7 = lookup(words, record, place, CODES, W, True)
         first = planes + at[None, :] * 8 * W + 8 * group
         tl.store(first, n0.to(tl.float32) * scale[None, :])
         tl.store(first + 1, n1.to(tl.float32) * scale[None, :])
