@@ -236,22 +236,38 @@ __device__ __forceinline__ float encode_levels(
   dot_above *= LAST_LEVEL;
 
   float best = -1.f, best_cells = role.cells_per_unit[0], best_square = 1.f;
+  constexpr int BATCH = Shape::LANES > 8 ? 3 : 1;  // candidates at a time: with few coordinates a lane the sums' latency counts
 #pragma unroll 1
-  for (int k = 0; k < role.num_candidates; k++) {
-    const float cells = role.cells_per_unit[k];
-    float dots[2] = {dot_above, 0.f}, squares[2] = {};
+  for (int first = 0; first < role.num_candidates; first += BATCH) {
+    float cells[BATCH], dot[BATCH], square[BATCH];
 #pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++) {
+    for (int k = 0; k < BATCH; k++) {
+      cells[k] = role.cells_per_unit[min(first + k, role.num_candidates - 1)];  // the last one again changes nothing
+      float dots[2] = {dot_above, 0.f}, squares[2] = {};
 #pragma unroll
-      for (int j = 0; j < Shape::RUN; j++) {
-        const float level = __uint_as_float(load_shared(table_address(x[r][j], cells, table_base)));
-        dots[(r + j) % 2] = fmaf(x[r][j], level, dots[(r + j) % 2]);
-        squares[(r + j) % 2] = fmaf(level, level, squares[(r + j) % 2]);
+      for (int r = 0; r < Shape::ROWS; r++) {
+#pragma unroll
+        for (int j = 0; j < Shape::RUN; j++) {
+          const float level = __uint_as_float(load_shared(table_address(x[r][j], cells[k], table_base)));
+          dots[(r + j) % 2] = fmaf(x[r][j], level, dots[(r + j) % 2]);
+          squares[(r + j) % 2] = fmaf(level, level, squares[(r + j) % 2]);
+        }
+      }
+      dot[k] = dots[0] + dots[1], square[k] = squares[0] + squares[1];
+    }
+#pragma unroll
+    for (int m = 1; m < Shape::LANES; m *= 2) {
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        dot[k] += __shfl_xor_sync(ALL_LANES, dot[k], m);
+        square[k] += __shfl_xor_sync(ALL_LANES, square[k], m);
       }
     }
-    const float square = sum_lanes<Shape::LANES>(squares[0] + squares[1]);
-    const float projection = sum_lanes<Shape::LANES>(dots[0] + dots[1]) * inverse_root(square);  // <u, c> / |c|
-    if (projection > best) best = projection, best_cells = cells, best_square = square;
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+      const float projection = dot[k] * inverse_root(square[k]);  // <u, c> / |c|
+      if (projection > best) best = projection, best_cells = cells[k], best_square = square[k];
+    }
   }
 
 #pragma unroll
