@@ -106,7 +106,8 @@ def lookup_asm(bits: int, dtype: tl.dtype) -> str:
     build every literal anew at each use. dtype: tl.float16 or tl.bfloat16.
     """
     entries, torch_dtype = _entries(bits), torch.float16 if dtype == tl.float16 else torch.bfloat16
-    tables = dict(zip(("t0", "t1", "u0", "u1"), _table_bytes(entries[:: 2 if bits == 5 else 1], torch_dtype), strict=True))
+    first = _table_bytes(entries[::2] if bits == 5 else entries, torch_dtype)
+    tables = dict(zip(("t0", "t1", "u0", "u1"), first, strict=True))
     if bits == 5:
         odd = _table_bytes(entries[1::2], torch_dtype)
         tables |= {f"d{name}": even ^ o for (name, even), o in zip(tables.items(), odd, strict=True)}
@@ -154,7 +155,8 @@ def column_tokens(BN: tl.constexpr):
 
 @triton.jit
 def tile_records(block_row, start, length, kv_head, stride_block, stride_head,
-                 BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+                 BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
+                 BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Where the tile records of the tile at token `start` begin: int64 [COLUMNS], 32-bit words, for its BN columns or,
     with COLUMNS = BN / 2, for pairs of columns.
 
@@ -271,7 +273,8 @@ def expand(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.co
         word = nibbles(words, record, token, CODES, W, False)[:, :, None]
         index = (word >> (4 * k)) & 7
         if CODES.bits == 5:
-            index = index * 2 + ((_plane_1(words, record, token, CODES, W, False)[:, :, None] >> (k % 4 * 8 + k // 4)) & 1)
+            low = _plane_1(words, record, token, CODES, W, False)[:, :, None]
+            index = index * 2 + ((low >> (k % 4 * 8 + k // 4)) & 1)
         four = tl.full([1, 1, 1], CODES.table[0], tl.int32)
         for i in tl.static_range(1, len(CODES.table)):
             four = tl.where(index >= 4 * i, CODES.table[i], four)

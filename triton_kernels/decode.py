@@ -1,8 +1,8 @@
 """Attention of few query rows over codes: split over the context, one program per (split, KV head).
 
 All query heads of a KV head and all query tokens of a request share a program, which reads each code once. The splits
-are planned on the device from seq_lens, over a grid that depends on host numbers alone, so that a CUDA graph stays right
-when the lengths change; merge.py adds up the splits.
+are planned on the device from seq_lens, over a grid that depends on host numbers alone, so that a CUDA graph stays
+right when the lengths change; merge.py adds up the splits.
 """
 
 import torch
@@ -178,7 +178,8 @@ def decode_kernel(
         tl.store(at + 6, o6 * inverse[:, None], mask=valid[:, None])
         tl.store(at + 7, o7 * inverse[:, None], mask=valid[:, None])
     else:
-        tl.store(split_out + split_row[:, None] * D + tl.arange(0, D)[None, :], o * inverse[:, None], mask=valid[:, None])
+        at = split_out + split_row[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(at, o * inverse[:, None], mask=valid[:, None])
     tl.store(split_lse + split_row, tl.where(total > 0, maximum + tl.log2(total), float("-inf")), mask=valid)
 
 
@@ -191,7 +192,7 @@ def programs_of(device: torch.device, num_kv_heads: int, warps: int) -> int:
 
 
 def stages_of(tile_bytes: int) -> int:
-    """Stages of the software pipeline: n tiles in flight take 2 n + 1, as a tile waits for its entry of the block table."""
+    """Stages of the software pipeline: n tiles in flight take 2 n + 1, as a tile waits for its block's number."""
     return 7 if 3 * tile_bytes <= 32768 else 5 if 2 * tile_bytes <= 32768 else 3
 
 
@@ -206,7 +207,8 @@ def decode(
     W = triton.next_power_of_2(head_dim // 8)
     wide = query.dtype == torch.float32
     by_table = not wide and not INTERPRETED
-    keys, values = key_codes(page, tl.float16 if by_table else None), value_codes(page, tl.bfloat16 if by_table else None)
+    keys = key_codes(page, tl.float16 if by_table else None)
+    values = value_codes(page, tl.bfloat16 if by_table else None)
     max_rows = max_query_len * group
     lookups = W >= 16  # a tensor-core product takes 16 words at least
     warps = 2 if lookups and keys.asm and values.asm else 4

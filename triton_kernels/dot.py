@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))  # it multiplies bf16 operands as integers
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))  # it takes bf16 for integers
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Attention of any number of query rows over codes and, where given, over this step's raw keys and values.
 
 One program per (tile of query rows, KV head, request); a row is a query token and a query head of the KV head's group.
-Codes become 16-bit numbers in registers, tile by tile, and go into tensor-core products with the rotated queries; the sum
-of values is rotated back once, and the raw tokens of the step follow in the same online softmax. Nothing is allocated.
+Codes become 16-bit numbers in registers, tile by tile, and go into tensor-core products with the rotated queries; the
+sum of values is rotated back once, and the raw tokens of the step follow in the same online softmax. No buffers.
 """
 
 import torch
@@ -39,7 +39,7 @@ def find_broken_kernel(
 
 @triton.jit
 def _load_raw(pointers, real, HEAD_DIM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr):
-    """Raw vectors [BN, D]. MASKED: zero where not `real`. CHECKED: zero where a number is not finite, as the cache does."""
+    """Raw vectors [BN, D]. MASKED: zero where not `real`. CHECKED: zero where not all finite, as in the cache."""
     d = tl.arange(0, D)
     at = pointers[:, None] + d[None, :]
     if MASKED:
@@ -84,7 +84,8 @@ def _attend_raw(
 @triton.jit
 def _attend_codes(
     rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, first_tile, end_tile,
-    result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head, window, to_score, soft_cap,
+    result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
+    window, to_score, soft_cap,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
     HEAD_DIM: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     OFFSET: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
@@ -103,7 +104,8 @@ def _attend_codes(
         pairs = tile_records(block_row, start, codes_len, kv_head, stride_block, stride_head,
                              BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
         k = numbers(words, record, in_record, KEYS, W, BN, rotated.dtype)
-        scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32)) * load_scales(words, pairs, KEYS, BN)[None, :]
+        scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32))
+        scores = scores * load_scales(words, pairs, KEYS, BN)[None, :]
         scale = row_scale
         if OFFSET or SOFT_CAP:
             scores = scores * scale[:, None]
@@ -269,8 +271,9 @@ def prefill(
     rows = max_query_len * group
     wide = query.dtype == torch.float32
     BM, warps, stages = launch_shape(rows, 8 * W, wide)
-    lookup = not wide and not INTERPRETED
-    keys, values = key_codes(page, tl.float16 if lookup else None), value_codes(page, tl.bfloat16 if lookup else None)
+    by_table = not wide and not INTERPRETED
+    keys = key_codes(page, tl.float16 if by_table else None)
+    values = value_codes(page, tl.bfloat16 if by_table else None)
     fresh = key is not None
     key, value = (key, value) if fresh else (query, query)
     offset = query if key_offset is None else key_offset
@@ -283,8 +286,8 @@ def prefill(
         )  # fmt: skip
     prefill_kernel[(triton.cdiv(rows, BM), num_kv_heads, len(seq_lens))](
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, offset,
-        query if sinks is None else sinks, sign_matrix(head_dim, 8 * W, query.device), out, query if lse is None else lse,
-        broken, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
+        query if sinks is None else sinks, sign_matrix(head_dim, 8 * W, query.device), out,
+        query if lse is None else lse, broken, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), offset.stride(0), offset.stride(1),
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),

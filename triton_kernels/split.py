@@ -47,7 +47,7 @@ def splits_of(request, seq_lens, query_start_loc, num_reqs, programs, window,
 @triton.jit
 def tiles_of(item, seq_lens, query_start_loc, num_reqs, programs, window,
              REQS: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Request of split `item` and its tiles, first and one past the last; num_reqs or more when there is no such split."""
+    """Request of split `item`, num_reqs or more if there is none; its first tile, and one past its last."""
     first, tiles, splits, ends = plan_requests(
         seq_lens, query_start_loc, num_reqs, programs, window, REQS, BN, WINDOW
     )

@@ -64,8 +64,8 @@ CASES = {
     "K4V4 prefill": {"query_lens": (40, 40), "head_dim": 128, "group": 4, "block_size": 64},
     "K3V3 decode": {"preset": "turboquant:k3v3", "fresh": False, "query_lens": (1, 1), "head_dim": 64},
     "K5V4 verify, everything": {
-        "preset": "turboquant:k5v4", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8, "with_sinks": True,
-        "with_offset": True, "sliding_window": 40, "logits_soft_cap": 5.0,
+        "preset": "turboquant:k5v4", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8,
+        "with_sinks": True, "with_offset": True, "sliding_window": 40, "logits_soft_cap": 5.0,
     },
     "K8V4 prefill, everything": {
         "preset": "turboquant:k8v4", "query_lens": (40, 40), "head_dim": 256, "with_sinks": True, "with_offset": True,
@@ -93,7 +93,8 @@ def main(capability: int) -> None:
         for kernel, args, options in launches:
             compiled = compile_launch(kernel, args, options, capability)
             shared = compiled.metadata.shared
-            print(f"sm_{capability} {name}: {kernel.__name__}, {len(compiled.asm['cubin'])} bytes, {shared} shared", flush=True)
+            size = len(compiled.asm["cubin"])
+            print(f"sm_{capability} {name}: {kernel.__name__}, {size} bytes, {shared} shared", flush=True)
             if shared > SHARED_MEMORY[capability]:
                 sys.exit(f"{kernel.__name__} of {name} takes {shared} bytes, a block has {SHARED_MEMORY[capability]}.")
 
