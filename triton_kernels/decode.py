@@ -211,7 +211,9 @@ def decode(
     values = value_codes(page, tl.bfloat16 if by_table else None)
     max_rows = max_query_len * group
     lookups = W >= 16  # a tensor-core product takes 16 words at least
-    warps = 2 if lookups and keys.asm and values.asm else 4
+    by_lookup = lookups and keys.asm != "" and values.asm != ""
+    # Two warps with 128 registers a thread: eight programs a multiprocessor, which one wave of splits fills.
+    warps, registers = (2, 128 if W == 16 else None) if by_lookup else (4, None)
     stages = 1 if wide else stages_of(BN * page.slot_bytes)
     programs = programs_of(query.device, num_kv_heads, warps)
     num_items = programs + num_reqs
@@ -228,7 +230,7 @@ def decode(
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,
         head_dim, W, max(8, triton.next_power_of_2(max_rows)), BN, REQS,
-        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps,
+        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     merge_splits(
         split_out, split_lse, seq_lens, query_start_loc, sinks, out, lse, programs, max_query_len, sliding_window, BN

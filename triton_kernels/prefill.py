@@ -249,14 +249,23 @@ def prefill_kernel(
         tl.store(lse + head.to(tl.int64) * stride_lse + token, logsumexp, mask=valid)
 
 
-def launch_shape(rows: int, padded_dim: int, wide: bool) -> tuple[int, int, int]:
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def launch_shape(rows: int, padded_dim: int, wide: bool, device: torch.device) -> tuple[int, int, int]:
     """Rows of a program, its warps and its stages. wide: f32 products, on the FMA units with both operands in shared
     memory."""
     if wide or rows <= 16:
         return 16, 4, 1 if wide or padded_dim > 128 else 2
     if padded_dim > 128:
         return 32 if rows <= 32 else 64, 8, 1
-    return (32, 4, 2) if rows <= 32 else (64, 4, 2) if rows <= 512 else (128, 8, 2)
+    if rows <= 512:
+        return 32 if rows <= 32 else 64, 4, 2
+    return 128, 8, 3 if shared_memory(device) >= 160 << 10 else 2
 
 
 def prefill(
@@ -270,7 +279,7 @@ def prefill(
     W = triton.next_power_of_2(head_dim // 8)
     rows = max_query_len * group
     wide = query.dtype == torch.float32
-    BM, warps, stages = launch_shape(rows, 8 * W, wide)
+    BM, warps, stages = launch_shape(rows, 8 * W, wide, query.device)
     by_table = not wide and not INTERPRETED
     keys = key_codes(page, tl.float16 if by_table else None)
     values = value_codes(page, tl.bfloat16 if by_table else None)

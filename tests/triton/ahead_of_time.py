@@ -37,7 +37,6 @@ def compile_launch(kernel, args: tuple, options: dict, capability: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    num_warps = options.get("num_warps", 4)
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
@@ -56,12 +55,14 @@ def compile_launch(kernel, args: tuple, options: dict, capability: int):
         else:
             signature[parameter.name] = "fp32"
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    chosen = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
 
 
 CASES = {
     "K4V4 decode": {"fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4, "block_size": 64},
     "K4V4 prefill": {"query_lens": (40, 40), "head_dim": 128, "group": 4, "block_size": 64},
+    "K4V4 long prefill": {"seq_lens": (200, 200), "query_lens": (200, 10), "head_dim": 128, "group": 4},
     "K3V3 decode": {"preset": "turboquant:k3v3", "fresh": False, "query_lens": (1, 1), "head_dim": 64},
     "K5V4 verify, everything": {
         "preset": "turboquant:k5v4", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8,
@@ -71,7 +72,7 @@ CASES = {
         "preset": "turboquant:k8v4", "query_lens": (40, 40), "head_dim": 256, "with_sinks": True, "with_offset": True,
         "sliding_window": 40, "logits_soft_cap": 5.0,
     },
-    "K3V3 prefill": {"preset": "turboquant:k3v3", "query_lens": (40, 40), "head_dim": 128, "group": 16},
+    "K3V3 long prefill": {"preset": "turboquant:k3v3", "query_lens": (40, 40), "head_dim": 128, "group": 16},
     "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "K8V8 f32 prefill": {"preset": "turboquant:k8v8", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
@@ -86,6 +87,7 @@ def main(capability: int) -> None:
     from tq_vllm.triton_kernels import decode, merge, prefill, rotation
 
     batches.attention = triton_ops.attention
+    prefill.shared_memory = lambda device: SHARED_MEMORY[capability]
     for name, fields in CASES.items():
         batch = batches.Batch(**{"dtype": torch.bfloat16, "seq_lens": (70, 45)} | fields)
         with pytest.MonkeyPatch.context() as patch:
