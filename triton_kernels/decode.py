@@ -26,6 +26,7 @@ from tq_vllm.triton_kernels.softmax import NOTHING, capped, online_softmax, scor
 from tq_vllm.triton_kernels.split import tiles_of
 
 MAX_ROWS = 64  # query tokens of a request times query heads of a KV head
+PROGRAMS = {2: 6, 4: 4}  # of each number of warps, per multiprocessor: the best of 4 to 16 at 32x8192 and 1x131072
 BN = SEGMENT_TOKENS  # tokens of a tile: the key offset is one number over it
 
 
@@ -188,7 +189,7 @@ def programs_of(device: torch.device, num_kv_heads: int, warps: int) -> int:
     if device.type != "cuda":
         return 2
     properties = torch.cuda.get_device_properties(device)
-    return max(1, properties.multi_processor_count * (16 // warps) // num_kv_heads)
+    return max(1, properties.multi_processor_count * PROGRAMS[warps] // num_kv_heads)
 
 
 def stages_of(tile_bytes: int) -> int:
@@ -211,9 +212,7 @@ def decode(
     values = value_codes(page, tl.bfloat16 if by_table else None)
     max_rows = max_query_len * group
     lookups = W >= 16  # a tensor-core product takes 16 words at least
-    by_lookup = lookups and keys.asm != "" and values.asm != ""
-    # Two warps with 128 registers a thread: eight programs a multiprocessor, which one wave of splits fills.
-    warps, registers = (2, 128 if W == 16 else None) if by_lookup else (4, None)
+    warps = 2 if lookups and keys.asm and values.asm else 4
     stages = 1 if wide else stages_of(BN * page.slot_bytes)
     programs = programs_of(query.device, num_kv_heads, warps)
     num_items = programs + num_reqs
@@ -230,7 +229,7 @@ def decode(
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,
         head_dim, W, max(8, triton.next_power_of_2(max_rows)), BN, REQS,
-        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps, maxnreg=registers,
+        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     merge_splits(
         split_out, split_lse, seq_lens, query_start_loc, sinks, out, lse, programs, max_query_len, sliding_window, BN

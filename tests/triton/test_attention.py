@@ -101,6 +101,13 @@ def test_prefill(triton_ops, monkeypatch, feature, fresh):
     check(triton_ops, monkeypatch, **fields | FEATURES[feature])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_prefill(triton_ops, monkeypatch, dtype):
+    """The largest tiles of query rows, with whole tiles of codes and of raw tokens before the masked ones."""
+    check(triton_ops, monkeypatch, seq_lens=(360, 300), query_lens=(150, 7), head_dim=128, num_kv_heads=1, group=4,
+          block_size=64, dtype=dtype)  # fmt: skip
+
+
 @pytest.mark.parametrize("step", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_without_lse(triton_ops, monkeypatch, step):
     batch = Batch(**SMALL, **step).fill()
