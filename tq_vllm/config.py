@@ -8,7 +8,7 @@ SCALE_RULES = ("norm", "unbiased", "raw")
 
 # Multipliers of the unit-variance scale that the encoder tries for every vector; it keeps the one whose codes point
 # closest to the vector. Costs time on write only: nothing about it is stored. Tuned on Gaussian vectors for all widths
-# together: at 2, 3, 4 and 5 bits 1 - cosine^2 falls by 1.7, 9.9, 21 and 26 % (head_dim 64), 0.8, 5.5, 14 and 20 % (128).
+# together: at 2, 3, 4, 5 bits 1 - cosine^2 falls by 1.7, 9.9, 21 and 26 % (head_dim 64), .8, 5.5, 14 and 20 % (128).
 SCALE_SEARCH = (1.0, 0.95, 0.9, 0.85, 0.81, 0.76, 1.06, 1.15, 1.28)
 
 
@@ -48,7 +48,7 @@ class TurboQuantConfig:
             if got not in allowed:
                 raise ValueError(f"{what} of preset {self.name!r}: got {got!r}, allowed {allowed}.")
         if not self.scale_search or min(self.scale_search) <= 0:
-            raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed positive numbers.")
+            raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed numbers above 0.")
 
 
 def _preset(suffix: str, key_bits: int, value_bits: int) -> TurboQuantConfig:

@@ -25,7 +25,8 @@ and within a word coordinate c stands at (k = c % 8):
     8       4                    8 * (c % 4) .. + 7
     4       8                    magnitude 4k .. 4k+2; sign 8k+7 for k < 4, 8(k-4)+3 for k >= 4
     2       16                   4k + 2s .. + 1, s = c / 8 % 2
-    1       32                   8 * (k % 4) + 2j + k / 4, j = c / 8 % 4; the last word is padded when 32 does not divide d
+    1       32                   8 * (k % 4) + 2j + k / 4, j = c / 8 % 4; where 32 does not divide d, the
+                                 last word is padded
 
 Why: `prmt` takes four nibbles as byte selectors, so a nibble's low three bits look up a table of eight magnitudes and
 give four bytes; the sign of code k sits at bit 7 of the byte where k's level appears (of the word for k < 4, of the
