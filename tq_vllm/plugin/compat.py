@@ -25,7 +25,6 @@ from tq_vllm.plugin.dtype import STORAGE_DTYPE, add_quant_mode
 # A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
 logger = init_logger("vllm.tq_vllm")
 
-TESTED_VLLM = ("0.32", "0.33")
 BACKEND_NAME = "TQ_VLLM"
 BACKEND_PATH = "tq_vllm.plugin.backend.TurboQuantBackend"
 _MARK = "_tq_vllm_original"

@@ -2,6 +2,7 @@
 
 import vllm
 
+from tq_vllm import TESTED_VLLM
 from tq_vllm.plugin import compat
 
 
@@ -17,7 +18,7 @@ def register() -> None:
             "TurboQuant KV cache is not available: got vLLM %s, which has no %s, allowed %s; use one of those.",
             vllm.__version__,
             missing,
-            " and ".join(compat.TESTED_VLLM),
+            " and ".join(TESTED_VLLM),
         )
         return
     compat.add_quant_modes()
