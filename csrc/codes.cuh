@@ -8,14 +8,9 @@
 
 #include "codebook.cuh"
 #include "layout.cuh"
+#include "instructions.cuh"
 
 namespace tq {
-
-__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
 
 // 0xff in every byte of x whose top bit is set, 0 elsewhere.
 __device__ __forceinline__ uint32_t spread_top_bits(uint32_t x) { return prmt(x, 0, 0xBA98); }

@@ -5,7 +5,7 @@
 
 namespace tq {
 
-#define TQ_HEAD_DIMS(X) X(64) X(80) X(96) X(112) X(128) X(192) X(256)
+#define TQ_HEAD_DIMS(X) X(64) X(128) X(256)
 #define TQ_DECLARE(D) int launch_decode_##D(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream);
 TQ_HEAD_DIMS(TQ_DECLARE)
 

@@ -27,6 +27,7 @@ struct DecodeParams {
   uint32_t block_magic;        // tile / tiles_per_block = tile * block_magic >> 32; 0 where tiles_per_block is 1
   float softmax_scale, logits_soft_cap;
   DType dtype, offset_dtype, sinks_dtype;
+  int vector_rows;             // 1: rows of query and out start at multiples of 16 bytes
 };
 
 // An instantiation and its grid.

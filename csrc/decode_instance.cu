@@ -1,4 +1,5 @@
-// Attention to codes for one head size, -DTQ_HEAD_DIM=128.
+// Attention to codes for one head size, -DTQ_HEAD_DIM=128; nothing for those that are not powers of two.
+#if TQ_HEAD_DIM == 64 || TQ_HEAD_DIM == 128 || TQ_HEAD_DIM == 256
 #include <algorithm>
 
 #include "decode.cuh"
@@ -9,7 +10,7 @@
 namespace tq {
 
 template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-  launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * 2 * launch.num_ctas * (S::MAX_WARPS + 1);
+  launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * launch.num_ctas * (S::MAX_WARPS + 2);
   if (!params) return cudaSuccess;
   const auto kernel = decode_kernel<S>;
   const int warp_bytes = S::warp_bytes(*params) + 2 * static_cast<int>(sizeof(Piece));
@@ -22,11 +23,9 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
 }
 
 int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-#ifndef TQ_PRESETS
-#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(2, 2)
-#endif
-#define TQ_TRY(K, V)                                              \
-  if (launch.key_bits == K && launch.value_bits == V)             \
+#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(2, 2)  // key bits, value bits
+#define TQ_TRY(K, V)                                                                            \
+  if (launch.key_bits == K && launch.value_bits == V)                                           \
     return launch.rows == 4 ? launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream) \
                             : launch_shape<Shape<K, V, TQ_HEAD_DIM, 8>>(params, launch, stream);
   TQ_PRESETS(TQ_TRY)
@@ -34,3 +33,4 @@ int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaS
 }
 
 }  // namespace tq
+#endif

@@ -13,12 +13,15 @@ from tq_vllm.ops.torch_pages import get_page
 
 MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks of ROWS, each of which reads the cache
 ROWS = (4, 8)  # query rows of a unit of work
+HEAD_DIMS = (64, 128, 256)  # the kernel rotates in registers, by powers of two
 
 
-def refuse(call: Call) -> str | None:
+def refuse_attention(call: Call) -> str | None:
     """Return None, or why the compiled kernel can't serve an attention call."""
     if call.fresh:
         return "it reads every token from codes, and this step has raw keys and values"
+    if call.head_dim not in HEAD_DIMS:
+        return f"got head size {call.head_dim}, allowed {', '.join(map(str, HEAD_DIMS))}"
     if call.group * call.max_query_len > MAX_QUERY_ROWS:
         return f"got {call.group * call.max_query_len} query rows a KV head, allowed {MAX_QUERY_ROWS}"
     return None
@@ -43,7 +46,7 @@ class _Params(ctypes.Structure):
         ("block_magic", ctypes.c_uint32),
         ("softmax_scale", ctypes.c_float),
         ("logits_soft_cap", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype")),
+        *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype", "vector_rows")),
     ]  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def attention(
             block_table_stride=block_table.stride(0), num_reqs=num_reqs, num_kv_heads=num_kv_heads, group_size=group,
             tiles_per_block=tiles_per_block, block_magic=-(-(1 << 32) // tiles_per_block) & 0xFFFFFFFF,
             sliding_window=sliding_window, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap,
-            dtype=DTYPES[query.dtype],
+            dtype=DTYPES[query.dtype], vector_rows=_has_aligned_rows(query) and _has_aligned_rows(out),
         )  # fmt: skip
         if key_offset is not None:
             params.key_offset, params.offset_dtype = key_offset.data_ptr(), DTYPES[key_offset.dtype]
@@ -132,6 +135,10 @@ def attention(
             params.lse, params.lse_stride_head = lse.data_ptr(), lse.stride(0)
         launch = _launch_of(preset, head_dim, rows)
         check(library().tq_attention(ctypes.byref(params), ctypes.byref(launch), stream), "attention")
+
+
+def _has_aligned_rows(x: torch.Tensor) -> bool:
+    return (x.data_ptr() | (x.stride(0) | x.stride(1)) * x.element_size()) % 16 == 0
 
 
 def _check_arguments(query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, out, lse, preset) -> None:

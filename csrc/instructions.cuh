@@ -1,0 +1,112 @@
+// The instructions of the decode kernel that CUDA C++ has no name for; tests/simt has the same for a CPU.
+#pragma once
+#include <cstdint>
+
+namespace tq {
+
+constexpr int MAGIC_BITS = 0x4B400000;  // 1.5 * 2^23: MAGIC_BITS + n are the bits of the float MAGIC + n for |n| < 2^22
+constexpr float MAGIC = 12582912.0f;
+
+// Four bytes of b:a, picked by the nibbles of selector; a nibble with its top bit set gives eight copies of the sign bit.
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+// d += A B, m16n8k32.
+__device__ __forceinline__ void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                       uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// As mma_s8, on accumulators that start at MAGIC_BITS.
+__device__ __forceinline__ void mma_s8_first(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(MAGIC_BITS));
+}
+
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Loads of what other threads wrote, in shared or global memory, past the L1: it may hold a line from before.
+__device__ __forceinline__ float load_fresh(const float* at) {
+  float x;
+  asm volatile("ld.volatile.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_fresh_4(const float* at) {
+  float4 x;
+  asm volatile("ld.volatile.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
+  return x;
+}
+
+// Copies tile records into a ring of stages: the bulk copy engine and one mbarrier a stage from sm_90 on, cp.async below.
+struct Copier {
+#if __CUDA_ARCH__ >= 900
+  static __device__ __forceinline__ void init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
+  }
+  static __device__ __forceinline__ void fence_init() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+  // Lanes with `valid` copy their record; all lanes call.
+  template <int BYTES>
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* from, bool valid, uint64_t* barrier, int lane) {
+    const uint32_t bar = (uint32_t)__cvta_generic_to_shared(barrier);
+    const int count = __popc(__ballot_sync(~0u, valid));
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count * BYTES) : "memory");
+    if (valid)
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       (uint32_t)__cvta_generic_to_shared(to)),
+                   "l"(from), "r"(BYTES), "r"(bar)
+                   : "memory");
+  }
+  template <int STAGES> static __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+            (uint32_t)__cvta_generic_to_shared(barrier)),
+        "r"(parity)
+        : "memory");
+  }
+  static __device__ __forceinline__ void nothing() {}
+#else
+  static __device__ __forceinline__ void init(uint64_t*) {}
+  static __device__ __forceinline__ void fence_init() {}
+  template <int BYTES>
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* from, bool valid, uint64_t*, int lane) {
+    uint32_t lanes = __ballot_sync(~0u, valid);
+    while (lanes) {
+      const int source = __ffs(lanes) - 1;
+      lanes &= lanes - 1;
+      const uint64_t src = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), source);
+      const uint32_t dst = __shfl_sync(~0u, (uint32_t)__cvta_generic_to_shared(to), source);
+#pragma unroll
+      for (int i = 0; i < (BYTES + 511) / 512; i++)
+        if (i * 512 + lane * 16 < BYTES)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i * 512 + lane * 16), "l"(src + i * 512 + lane * 16)
+                       : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  template <int STAGES> static __device__ __forceinline__ void wait(uint64_t*, uint32_t) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    __syncwarp();
+  }
+  static __device__ __forceinline__ void nothing() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+#endif
+};
+
+}  // namespace tq

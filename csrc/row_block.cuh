@@ -1,0 +1,447 @@
+// A block of query rows in the registers of a warp, and its running softmax over the tokens of one KV head.
+//
+// Lane (g, q) = (lane / 4, lane % 4) has, of query rows q, q + 4, ..: the scores of tokens g and g + 8 of a tile, and the
+// coordinates 64 i + 8 g + 0..7 of a query or an output.
+#pragma once
+#include "codes.cuh"
+#include "decode.h"
+#include "instructions.cuh"
+#include "rows.cuh"
+#include "work_list.cuh"
+
+namespace tq {
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float NOTHING = -1e30f;       // reference of a row that has seen no token
+constexpr float OVERFLOW = 1048576.0f;  // weights above this move the reference
+constexpr float QUERY_MAX = 16256.0f;   // 128 * 127
+constexpr float WEIGHT_MAX = 16382.0f;  // 128 * 127 + 127, less one for rounding
+
+__device__ __forceinline__ float max_over_tokens(float x) {  // over the lanes that share lane % 4
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+}
+
+template <class T> __device__ __forceinline__ T sum_over_tokens(T x) {
+  x += __shfl_xor_sync(~0u, x, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+template <class S> struct RowBlock {
+  static constexpr int RT = S::ROW_TILES, D = S::D;
+  using Key = KeyCodes<S::KEY_BITS, D>;
+  using Value = ValueCodes<S::VALUE_BITS, D>;
+  using Coordinates = float[D / 64][2][4];  // 64 i + 8 g + 4 h + j at [i][h][j]
+
+  uint32_t query[RT][Key::STEPS][2];       // operand B of the scores
+  float query_scale[RT], query_shift[RT];  // score = key scale * ((MAGIC + 128 high + low) * query_scale + query_shift)
+  float reference[RT];                     // weights are exp2(score - reference)
+  float sum[RT];                           // of this lane's weights
+  float weighted[RT];                      // of this lane's weights times value scales
+  Coordinates output[RT];
+  int row_begin[RT], row_end[RT];          // positions that the row sees
+  int begin, end, all_begin, all_end;      // positions that any row sees, and that all rows see
+
+  // Multiply by the Sylvester matrix of order D.
+  static __device__ __forceinline__ void butterflies(Coordinates& x, int lane) {
+#pragma unroll
+    for (int m = 1; m < D / 8; m *= 2) {  // bits j0, j1, h, then i
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) {
+        if (n & m) continue;
+        float &a = x[n >> 3][n >> 2 & 1][n & 3], &b = x[(n | m) >> 3][(n | m) >> 2 & 1][(n | m) & 3];
+        const float sum = a + b, difference = a - b;
+        a = sum, b = difference;
+      }
+    }
+#pragma unroll
+    for (int m = 4; m < 32; m *= 2) {
+      const float sign = lane & m ? -1.0f : 1.0f;
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) {
+        float& a = x[n >> 3][n >> 2 & 1][n & 3];
+        a = fmaf(a, sign, __shfl_xor_sync(~0u, a, m));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void flip_signs(Coordinates& x, int lane) {
+    using T = SignTable<D>;
+    const int g = lane >> 2;
+#pragma unroll
+    for (int i = 0; i < D / 64; i++) {
+      const uint32_t signs = (g < 4 ? T::at(2 * i) : T::at(2 * i + 1)) >> 8 * (g & 3);
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        float& a = x[i][n >> 2][n & 3];
+        a = __uint_as_float(__float_as_uint(a) ^ (signs << 31 - n & 0x80000000u));
+      }
+    }
+  }
+
+  // Begin to load the rows of the unit at `c`; `bits` are for `prepare`.
+  struct QueryBits {
+    float x[RT][D / 64][8];
+  };
+  __device__ __forceinline__ void fetch(const DecodeParams& p, const Cursor& c, QueryBits& bits, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+    const int num_rows = c.request.query_len * p.group_size, first_row = c.row_block * S::ROWS;
+    const int context = c.request.seq_len - c.request.query_len;
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      const int row = first_row + 4 * t + q;
+      const bool real = row < num_rows;
+      const int token = unsigned(row) / unsigned(p.group_size), member = row - token * p.group_size;
+      row_end[t] = real ? context + token + 1 : c.request.seq_len;
+      row_begin[t] = real && p.sliding_window > 0 ? context + token + 1 - p.sliding_window : 0;
+      const int64_t base = (c.request.query_start + token) * p.query_stride_token +
+                           (c.head * p.group_size + member) * p.query_stride_head + 8 * g;
+      load_bits(bits.x[t], p.query, base, p.dtype, p.vector_rows, real);
+    }
+    const int first_position = context + first_row / p.group_size;
+    const int last_position = context + (min(first_row + S::ROWS, num_rows) - 1) / p.group_size;
+    begin = p.sliding_window > 0 ? first_position - p.sliding_window + 1 : 0;
+    all_begin = p.sliding_window > 0 ? last_position - p.sliding_window + 1 : 0;
+    end = min(last_position + 1, c.request.seq_len);
+    all_end = first_position + 1;
+  }
+
+  // Rotate and quantize the query and start the softmax. bytes: [ROWS][high, low][D] of this warp; raw: [ROWS][D] of this
+  // warp for the query as it is, if there is a key offset.
+  __device__ __forceinline__ void prepare(const DecodeParams& p, const QueryBits& bits, uint8_t* bytes, float* raw, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      Coordinates x;
+      const int row = 4 * t + q;
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits.x[t][n >> 3], n & 7, p.dtype);
+      if (p.key_offset) {
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) raw[row * D + 64 * (n >> 3) + 8 * g + (n & 7)] = x[n >> 3][n >> 2 & 1][n & 3];
+      }
+      flip_signs(x, lane);
+      butterflies(x, lane);
+      float maximum = 0;
+      int total = 0;
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) maximum = fmaxf(maximum, fabsf(x[n >> 3][n >> 2 & 1][n & 3]));
+      maximum = max_over_tokens(maximum);
+      const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < D / 64; i++) {
+        uint32_t high[2] = {}, low[2] = {};
+#pragma unroll
+        for (int n = 0; n < 8; n++) quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
+        *reinterpret_cast<uint2*>(bytes + 2 * row * D + 64 * i + 8 * g) = make_uint2(high[0], high[1]);
+        *reinterpret_cast<uint2*>(bytes + (2 * row + 1) * D + 64 * i + 8 * g) = make_uint2(low[0], low[1]);
+      }
+      // A NaN escapes fmaxf: let it reach the scores.
+      if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];
+      set_scale(p, t, maximum, sum_over_tokens(total));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+#pragma unroll
+      for (int s = 0; s < Key::STEPS; s++) {
+        const int group = Key::group_of(q, s);
+        const uint2 w = *reinterpret_cast<const uint2*>(bytes + (2 * (4 * t + (g >> 1)) + (g & 1)) * D + 8 * group);
+        query[t][s][0] = w.x, query[t][s][1] = w.y;
+      }
+      reference[t] = NOTHING, sum[t] = 0, weighted[t] = 0;
+#pragma unroll
+      for (int n = 0; n < D / 64 * 8; n++) output[t][n >> 3][n >> 2 & 1][n & 3] = 0;
+    }
+  }
+
+  // x in steps of 1 / inverse is 128 * high + low, with high -127..127 and low 0..127; shifted in as top bytes.
+  static __device__ __forceinline__ void quantize(float x, float inverse, int& total, uint32_t& high, uint32_t& low) {
+    const int n = __float_as_int(fmaf(x, inverse, MAGIC)) - MAGIC_BITS;
+    total += n;
+    high = prmt(high, n << 1, 0x5321);
+    low = prmt(low, n & 127, 0x4321);
+  }
+
+  __device__ __forceinline__ void set_scale(const DecodeParams& p, int t, float maximum, int total) {
+    query_scale[t] =
+        maximum * (1.0f / QUERY_MAX) * rsqrtf(float(D)) * p.softmax_scale * LOG2_E * centroid_unit<S::KEY_BITS>();
+    query_shift[t] = ((HAS_HALF<S::KEY_BITS> ? 0.5f * total : 0.0f) - MAGIC) * query_scale[t];
+  }
+
+  // Add the tokens of a group, first position `position`, whose records stand in `stage`; offset: added to every score.
+  __device__ __forceinline__ void add(const uint8_t* stage, int position, const float (&offset)[RT], float soft_cap, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+    const bool edge = position < all_begin || position + TILE_TOKENS * S::TILES > all_end;
+    float score[S::TILES][RT][2], value_scale[S::TILES][2];
+#pragma unroll
+    for (int t = 0; t < S::TILES; t++) {
+      const uint8_t* tile = stage + t * S::TILE_BYTES;
+      int product[RT][4];
+#pragma unroll
+      for (int c = 0; c < Key::STEPS / Key::CHUNK; c++) {
+        Key first, second;
+        first.load(tile, g, c, q);
+        second.load(tile, g + 8, c, q);
+#pragma unroll
+        for (int i = 0; i < Key::CHUNK; i++) {
+          uint32_t a[4];
+          first.get(i, a[0], a[2]);
+          second.get(i, a[1], a[3]);
+          const int s = c * Key::CHUNK + i;
+#pragma unroll
+          for (int r = 0; r < RT; r++)
+            if (s == 0)
+              mma_s8_first(product[r], a[0], a[1], a[2], a[3], query[r][s][0], query[r][s][1]);
+            else
+              mma_s8(product[r], a[0], a[1], a[2], a[3], query[r][s][0], query[r][s][1]);
+        }
+      }
+      const __half* key_scale = reinterpret_cast<const __half*>(tile + S::Page::KEY_SCALE);
+      const __half* scale_of_value = reinterpret_cast<const __half*>(tile + S::Page::VALUE_SCALE);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float scale = __half2float(key_scale[g + 8 * h]);
+        value_scale[t][h] = __half2float(scale_of_value[g + 8 * h]);
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+          const float x = fmaf(__int_as_float(product[r][2 * h]) - MAGIC, 128.0f, __int_as_float(product[r][2 * h + 1]));
+          score[t][r][h] = fmaf(fmaf(x, query_scale[r], query_shift[r]), scale, offset[r]);
+        }
+      }
+    }
+    if (soft_cap > 0) {
+      const float c = soft_cap * LOG2_E, inverse = 2 * LOG2_E / c;
+#pragma unroll
+      for (int t = 0; t < S::TILES; t++)
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+          for (int h = 0; h < 2; h++)  // c tanh(s / c)
+            score[t][r][h] = c - __fdividef(2 * c, 1 + exp2_fast(score[t][r][h] * inverse));
+    }
+    if (edge) {
+#pragma unroll
+      for (int t = 0; t < S::TILES; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int token = position + TILE_TOKENS * t + g + 8 * h;
+          if (token < begin || token >= end) value_scale[t][h] = 0;
+#pragma unroll
+          for (int r = 0; r < RT; r++)
+            if (token < row_begin[r] || token >= row_end[r]) score[t][r][h] = __int_as_float(0xff800000);
+        }
+    }
+
+    float weight[S::TILES][RT][2], added[RT];
+    bool overflow = false;
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+      added[r] = 0;
+#pragma unroll
+      for (int t = 0; t < S::TILES; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          weight[t][r][h] = exp2_fast(score[t][r][h] - reference[r]);
+          added[r] += weight[t][r][h];
+        }
+      overflow |= added[r] > OVERFLOW;
+    }
+    if (__any_sync(~0u, overflow)) {
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        float maximum = score[0][r][0];
+#pragma unroll
+        for (int t = 0; t < S::TILES; t++) maximum = fmaxf(maximum, fmaxf(score[t][r][0], score[t][r][1]));
+        maximum = fmaxf(max_over_tokens(maximum), reference[r]);
+        const float shrink = exp2_fast(reference[r] - maximum);
+        reference[r] = maximum, sum[r] *= shrink, weighted[r] *= shrink, added[r] = 0;
+#pragma unroll
+        for (int i = 0; i < D / 64; i++)
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) output[r][i][h][j] *= shrink;
+#pragma unroll
+        for (int t = 0; t < S::TILES; t++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            weight[t][r][h] = exp2_fast(score[t][r][h] - reference[r]);
+            added[r] += weight[t][r][h];
+          }
+      }
+    }
+
+    float unit[RT];                       // of the integers that stand for weights
+    uint32_t packed[S::TILES][RT];        // bytes: high of token g, high of g + 8, low, low
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+      sum[r] += added[r];
+      float maximum = 1e-30f;
+#pragma unroll
+      for (int t = 0; t < S::TILES; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          weight[t][r][h] *= value_scale[t][h];
+          weighted[r] += weight[t][r][h];
+          maximum = fmaxf(maximum, weight[t][r][h]);
+        }
+      maximum = max_over_tokens(maximum);
+      unit[r] = maximum * (1.0f / WEIGHT_MAX);
+      const float inverse = __fdividef(WEIGHT_MAX, maximum);
+#pragma unroll
+      for (int t = 0; t < S::TILES; t++) {
+        const uint32_t n = prmt(__float_as_uint(fmaf(weight[t][r][0], inverse, 8388608.0f)),
+                                __float_as_uint(fmaf(weight[t][r][1], inverse, 8388608.0f)), 0x5410);  // two 14-bit integers
+        packed[t][r] = prmt(n + (n & 0x3f803f80u), 0, 0x2031);
+      }
+    }
+
+    int product[RT][D / 64][4][4];
+#pragma unroll
+    for (int t = 0; t < S::TILES; t++) {
+      const uint8_t* section = stage + t * S::TILE_BYTES + S::Page::VALUE_PLANE_0;
+      uint32_t weights[RT][2][4][2];  // operands B: step, coordinate of the half group, tokens 2q (+8), 2q+1 (+8)
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        const uint32_t w = transpose_8x8(packed[t][r]);  // bytes: tokens 2q, 2q+8, 2q+1, 2q+9; even g high, odd g low
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+          for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+              weights[r][s][j][k] = j == 0 ? prmt(w, 0, 0x4440 + s + 2 * k) : weights[r][s][0][k] * (1u << 8 * j);
+      }
+#pragma unroll
+      for (int i = 0; i < D / 64; i++) {
+        Value value;
+        value.load(section, i, g, q);
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          uint32_t a[4];
+          value.get(2 * s, a[0], a[1]);
+          value.get(2 * s + 1, a[2], a[3]);
+#pragma unroll
+          for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+              if (t == 0 && s == 0)
+                mma_s8_first(product[r][i][j], a[0], a[1], a[2], a[3], weights[r][s][j][0], weights[r][s][j][1]);
+              else
+                mma_s8(product[r][i][j], a[0], a[1], a[2], a[3], weights[r][s][j][0], weights[r][s][j][1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int i = 0; i < D / 64; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const int* n = product[r][i][j] + 2 * h;
+            const float x = fmaf(__int_as_float(n[0]) - MAGIC, 128.0f, __int_as_float(n[1]) - MAGIC);
+            output[r][i][h][j] = fmaf(x, unit[r], output[r][i][h][j]);
+          }
+  }
+
+  // Weighted sums of values, rotated and not divided by the sum of weights, into `output`; sums into every lane.
+  __device__ __forceinline__ void reduce() {
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      sum[t] = sum_over_tokens(sum[t]);
+      const float half = HAS_HALF<S::VALUE_BITS> ? 0.5f * sum_over_tokens(weighted[t]) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < D / 64 * 8; n++) {
+        float& x = output[t][n >> 3][n >> 2 & 1][n & 3];
+        x = (x + half) * centroid_unit<S::VALUE_BITS>();
+      }
+    }
+  }
+
+  // After `reduce`: leave reference [ROWS], sum [ROWS] and output [ROWS, D].
+  __device__ __forceinline__ void write(float* partial, int lane) const {
+    const int q = lane & 3, g = lane >> 2;
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      const int row = 4 * t + q;
+      if (g == 0) partial[row] = reference[t], partial[S::ROWS + row] = sum[t];
+#pragma unroll
+      for (int i = 0; i < D / 64; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const float* x = output[t][i][h];
+          *reinterpret_cast<float4*>(partial + 2 * S::ROWS + row * D + 64 * i + 8 * g + 4 * h) =
+              make_float4(x[0], x[1], x[2], x[3]);
+        }
+    }
+  }
+
+  // After `reduce`, of a whole unit: rotate back and store.
+  __device__ __forceinline__ void finish(const DecodeParams& p, const Cursor& c, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+    const int num_rows = c.request.query_len * p.group_size;
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      const int row = c.row_block * S::ROWS + 4 * t + q;
+      const int token = unsigned(row) / unsigned(p.group_size), member = row - token * p.group_size;
+      butterflies(output[t], lane);
+      flip_signs(output[t], lane);
+      if (row >= num_rows) continue;
+      const float scale =
+          finish_row(p, c.request.query_start + token, c.head * p.group_size + member, reference[t], sum[t], g == 0);
+      const int64_t base = (c.request.query_start + token) * p.out_stride_token +
+                           (c.head * p.group_size + member) * p.out_stride_head + 8 * g;
+#pragma unroll
+      for (int i = 0; i < D / 64; i++) {
+        float x[8];
+#pragma unroll
+        for (int n = 0; n < 8; n++) x[n] = sum[t] == 0 ? 0.0f : output[t][i][n >> 2][n & 3] * scale;
+        store_eight(p.out, base + 64 * i, p.dtype, p.vector_rows, x);
+      }
+    }
+  }
+
+  // What to multiply a row by that was rotated back; stores its lse.
+  static __device__ __forceinline__ float finish_row(const DecodeParams& p, int token, int head, float reference, float sum,
+                                                     bool store_lse) {
+    float total = sum;
+    if (p.sinks) total += exp2_fast(load_float(p.sinks, head, p.sinks_dtype) * LOG2_E - reference);
+    if (p.lse && store_lse)
+      p.lse[head * p.lse_stride_head + token] = sum == 0 ? __int_as_float(0xff800000) : reference * LN_2 + logf(sum);
+    return rsqrtf(float(D)) / total;
+  }
+};
+
+// q . key_offset of the segment that holds `position`, for the rows of this lane, in units of the scores.
+template <class S>
+__device__ __forceinline__ void offset_scores(const DecodeParams& p, int head, int position, const float* raw,
+                                              float (&offset)[S::ROW_TILES], int lane) {
+  using R = Row<S::D>;
+  const int segment = min(position / SEGMENT_TOKENS, p.num_segments - 1);
+  const int64_t base = segment * p.offset_stride_segment + head * p.offset_stride_head;
+  float part[S::ROWS] = {};
+#pragma unroll
+  for (int j = 0; j < R::PER_LANE; j++) {
+    const float x = load_float(p.key_offset, base + R::element(lane, j), p.offset_dtype);
+#pragma unroll
+    for (int r = 0; r < S::ROWS; r++) part[r] = fmaf(x, raw[r * S::D + R::element(lane, j)], part[r]);
+  }
+  const bool bit0 = lane & 1, bit1 = lane & 2;
+#pragma unroll
+  for (int t = 0; t < S::ROW_TILES; t++) {
+    const float* x = part + 4 * t;
+    const float a = (bit0 ? x[1] : x[0]) + __shfl_xor_sync(~0u, bit0 ? x[0] : x[1], 1);
+    const float b = (bit0 ? x[3] : x[2]) + __shfl_xor_sync(~0u, bit0 ? x[2] : x[3], 1);
+    const float c = (bit1 ? b : a) + __shfl_xor_sync(~0u, bit1 ? a : b, 2);
+    offset[t] = sum_over_tokens(c) * p.softmax_scale * LOG2_E;
+  }
+}
+
+}  // namespace tq

@@ -1,0 +1,27 @@
+// The decode kernel on a CPU: the sources of csrc with tests/simt/instructions.cuh and empty CUDA headers.
+#include "decode.cuh"
+
+namespace tq {
+alignas(128) uint8_t shared[1 << 20];
+}
+
+template <class S> void run(const tq::DecodeParams& params, int ctas, int num_warps) {
+  std::memset(tq::shared, 0xff, sizeof tq::shared);
+  simt::launch(ctas, num_warps, [&] { tq::decode_kernel<S>(params, S::warp_bytes(params)); });
+}
+
+extern "C" int simt_params_bytes() { return sizeof(tq::DecodeParams); }
+
+// Returns 1 if there is no such instantiation.
+extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLaunch* launch, int num_warps) {
+#define TQ_TRY(K, V, D, R)                                                                                                \
+  if (launch->key_bits == K && launch->value_bits == V && launch->head_dim == D && launch->rows == R) {                   \
+    run<tq::Shape<K, V, D, R>>(*params, launch->num_ctas, num_warps);                                                     \
+    return 0;                                                                                                             \
+  }
+#define TQ_WIDTHS(D, R) \
+  TQ_TRY(8, 8, D, R) TQ_TRY(8, 4, D, R) TQ_TRY(5, 4, D, R) TQ_TRY(4, 4, D, R) TQ_TRY(4, 3, D, R) TQ_TRY(3, 3, D, R) TQ_TRY(2, 2, D, R)
+  TQ_WIDTHS(128, 4) TQ_WIDTHS(64, 8) TQ_WIDTHS(256, 4)
+  TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 256, 8)
+  return 1;
+}

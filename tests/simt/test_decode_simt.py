@@ -1,0 +1,132 @@
+"""The CUDA attention kernel run on a CPU, lane by lane (simt.h), against dense float64 attention on the same codes.
+
+Shows the kernel's logic: layouts, masks, splits, merges. Instructions are modelled, so nothing here speaks of a device.
+"""
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.batches import Batch
+from tq_vllm.config import PRESETS
+from tq_vllm.ops import cuda_attention
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+CTAS, WARPS = 3, 2
+LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 1000)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory):
+    """csrc as it is, with the instructions of this folder and no CUDA headers."""
+    folder = tmp_path_factory.mktemp("simt")
+    for source in (*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.c*")):
+        shutil.copy(source, folder)
+    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / header).write_text('#include "simt.h"\n')
+    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-I.", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, "decode.cpp", "-o", "decode.so"], check=True, cwd=folder)
+    return ctypes.CDLL(str(folder / "decode.so"))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(simulator, monkeypatch):
+    """Let cuda_attention launch on the simulator."""
+
+    class Library:
+        num_ctas, num_warps = CTAS, WARPS
+
+        def tq_decode_params_bytes(self):
+            return simulator.simt_params_bytes()
+
+        def tq_attention(self, params, launch, stream):
+            launch = launch._obj
+            launch.num_ctas = self.num_ctas
+            launch.workspace_bytes = 4 * launch.rows * (launch.head_dim + 2) * self.num_ctas * (self.num_warps + 2)
+            return 0 if params is None else simulator.simt_attention(params, ctypes.byref(launch), self.num_warps)
+
+    library = Library()
+    monkeypatch.setattr(cuda_attention, "library", lambda: library)
+    monkeypatch.setattr(cuda_attention, "stream_of", lambda tensor: ctypes.c_void_p(0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_attention, "_workspaces", {})
+    return library
+
+
+def check(dtype=torch.float32, **batch):
+    b = Batch(fresh=False, padding=2, **batch).fill()
+    used = sum(b.query_lens)
+    query = b.query.to(dtype)
+    b.query = query.float()
+    out, lse = torch.full_like(query, 7.0), torch.full((b.num_heads, len(query)), 9.0)
+    for _ in range(2):  # counters must come back to zero
+        cuda_attention.attention(
+            query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens, dtype=torch.int32),
+            b.query_start_loc, b.key_offset, b.sinks, out, lse, b.softmax_scale, max(b.query_lens), max(b.seq_lens),
+            b.sliding_window, b.logits_soft_cap, b.preset,
+        )  # fmt: skip
+    expected_out, expected_lse = b.expected()
+    rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(out[:used].double(), expected_out[:used], rtol=2e-3 + rounding, atol=1e-3 + rounding)
+    torch.testing.assert_close(lse[:, :used].double(), expected_lse[:, :used], rtol=1e-5, atol=1e-3)
+    assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_dim, group", [(128, 4), (64, 8), (256, 3)])
+def test_presets(preset, head_dim, group):
+    check(preset=preset, head_dim=head_dim, group=group, seq_lens=(1, 17, 64, 150), query_lens=(1,) * 4)
+
+
+@pytest.mark.parametrize("ctas, warps", [(1, 1), (2, 3), (5, 2), (17, 1), (40, 1)])
+def test_splits(on_cpu, ctas, warps):
+    on_cpu.num_ctas, on_cpu.num_warps = ctas, warps
+    check(head_dim=128, group=4, seq_lens=(1000, 3, 300), query_lens=(1, 1, 1))
+
+
+@pytest.mark.parametrize("order", ["1", "2"])
+def test_lanes_in_another_order(monkeypatch, order):
+    monkeypatch.setenv("SIMT_ORDER", order)
+    check(head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * 9, with_offset=True)
+
+
+@pytest.mark.parametrize("block_size", (16, 48, 64, 128))
+def test_block_sizes(block_size):
+    check(head_dim=64, group=4, block_size=block_size, seq_lens=LENGTHS, query_lens=(1,) * 9)
+
+
+@pytest.mark.parametrize("group", (1, 3, 5, 8, 16))
+def test_groups(group):
+    check(head_dim=128, group=group, seq_lens=(1, 100, 400), query_lens=(1, 1, 1))
+
+
+@pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7)))
+def test_several_query_tokens(query_lens):
+    check(head_dim=128, group=4, seq_lens=(10, 100, 400), query_lens=query_lens)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_dtypes(dtype):
+    check(dtype=dtype, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * 9)
+
+
+@pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (128, 4, 2), (256, 2, 3)))
+def test_options(head_dim, group, query_len):
+    """Window, soft cap, sinks and key offset, one at a time and all together."""
+    options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
+    for chosen in (*({name: value} for name, value in options.items()), options):
+        check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **chosen)
+
+
+def test_empty_and_many_requests():
+    check(head_dim=64, group=4, num_kv_heads=1, seq_lens=(0, 3, 0, 40), query_lens=(1, 1, 1, 1))
+    lengths = tuple(1 + 7 * i % 97 for i in range(80))
+    check(head_dim=64, group=3, num_kv_heads=1, seq_lens=lengths, query_lens=(1,) * len(lengths))
