@@ -9,6 +9,7 @@ import torch
 from tq_vllm.config import SCALE_RULES, get_config
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.format import TILE_TOKENS, Section, TurboQuantPage
+from tq_vllm.ops.cuda_attention import attention, refuse_attention  # noqa: F401  attention is the other operation
 from tq_vllm.ops.cuda_library import DTYPES, check, library, stream_of, why_missing
 from tq_vllm.ops.select import Call
 
@@ -25,7 +26,7 @@ def supports(call: Call) -> str | None:
         return f"got {call.dtype}, allowed {', '.join(map(str, DTYPES))}"
     if (missing := why_missing()) is not None:
         return missing
-    return _refuse_store(call) if call.op == "store_kv" else f"no compiled kernel for {call.op}"
+    return _refuse_store(call) if call.op == "store_kv" else refuse_attention(call)
 
 
 def _refuse_store(call: Call) -> str | None:
