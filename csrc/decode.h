@@ -33,7 +33,7 @@ struct DecodeParams {
 // An instantiation and its grid.
 struct DecodeLaunch {
   int key_bits, value_bits, head_dim;
-  int rows;             // query rows a unit of work has: 4 or 8
+  int rows;             // query rows a unit of work has: 4 or, up to head size 128, 8
   int num_ctas;         // one a multiprocessor
   int shared_bytes;     // what a CTA may have
   int workspace_bytes;  // out: needed for partial results

@@ -64,9 +64,13 @@ class _Workspace(NamedTuple):
     counters: torch.Tensor  # int32 [num_ctas, 16], zero between calls
 
 
-def _launch_of(preset: str, head_dim: int, query_rows: int) -> _Launch:
+def _rows_of(head_dim: int, query_rows: int) -> int:
+    """Query rows of a unit of work; eight outputs of 256 numbers do not fit a warp's registers."""
+    return ROWS[0] if query_rows <= ROWS[0] or head_dim == 256 else ROWS[1]
+
+
+def _launch_of(preset: str, head_dim: int, rows: int) -> _Launch:
     config = get_config(preset)
-    rows = ROWS[0] if query_rows <= ROWS[0] else ROWS[1]
     return _Launch(key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows)
 
 
@@ -110,7 +114,7 @@ def attention(
     tiles_per_block = block_size // TILE_TOKENS
     with torch.cuda.device(query.device):
         stream = stream_of(query)
-        rows = ROWS[0] if group * max_query_len <= ROWS[0] else ROWS[1]
+        rows = _rows_of(head_dim, group * max_query_len)
         workspace = _workspace(preset, head_dim, rows, query.device, stream.value or 0)
         params = _Params(
             query=query.data_ptr(), kv_cache=kv_cache.data_ptr(), block_table=block_table.data_ptr(),
