@@ -10,7 +10,7 @@ from tq_vllm.config import SCALE_RULES, get_config
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.format import TILE_TOKENS, Section, TurboQuantPage
 from tq_vllm.ops.cuda_attention import attention, refuse_attention  # noqa: F401  attention is the other operation
-from tq_vllm.ops.cuda_library import DTYPES, check, library, stream_of, why_missing
+from tq_vllm.ops.cuda_library import BUILD, DTYPES, PATH, check, library, stream_of, why_missing
 from tq_vllm.ops.select import Call
 
 MAX_CANDIDATES = 16  # of csrc/store_kv.h
@@ -26,6 +26,8 @@ def supports(call: Call) -> str | None:
         return f"got {call.dtype}, allowed {', '.join(map(str, DTYPES))}"
     if (missing := why_missing()) is not None:
         return missing
+    if library().tq_store_params_bytes() != ctypes.sizeof(_StoreParams):
+        return f"{PATH.name} was built from another version of csrc/: {BUILD}"
     return _refuse_store(call) if call.op == "store_kv" else refuse_attention(call)
 
 
@@ -115,7 +117,6 @@ def _role(
 @functools.cache
 def _template(preset: str, head_dim: int) -> tuple[TurboQuantPage, bytes]:
     """Return (page, the bytes of a _StoreParams with what the preset and head size fix)."""
-    assert library().tq_store_params_bytes() == ctypes.sizeof(_StoreParams), "libtq_cuda.so is of another version"
     config = get_config(preset)
     page = TurboQuantPage(config, head_dim)
     params = _StoreParams(head_dim=head_dim, tile_bytes=page.tile_bytes)
