@@ -130,3 +130,16 @@ def test_empty_and_many_requests():
     check(head_dim=64, group=4, num_kv_heads=1, seq_lens=(0, 3, 0, 40), query_lens=(1, 1, 1, 1))
     lengths = tuple(1 + 7 * i % 97 for i in range(80))
     check(head_dim=64, group=3, num_kv_heads=1, seq_lens=lengths, query_lens=(1,) * len(lengths))
+
+
+def test_rising_scores():
+    """The reference of the softmax moves many times, and weights of early tokens vanish."""
+    b = Batch(preset="turboquant:k8v8", head_dim=128, group=4, seq_lens=(600,), query_lens=(1,), fresh=False)
+    b.keys = [b.query[0, ::4][None] * torch.linspace(-40, 40, 600)[:, None, None] / 128**0.5]
+    b.fill()
+    out = torch.empty_like(b.query)
+    cuda_attention.attention(
+        b.query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens).int(), b.query_start_loc, None, None,
+        out, None, b.softmax_scale, 1, 600, 0, 0.0, b.preset,
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), b.expected()[0], rtol=1e-2, atol=2e-3)
