@@ -1,0 +1,1 @@
+"""What bench/throughput.py and bench/serve.py share: workloads, shapes, the correctness gate, rows and plots."""
