@@ -58,7 +58,8 @@ def measure(setup: Setup, command: str, dtype: str, vllm_flags: list[str], numbe
     paths = {name: out / f"{stem}.{name}" for name in ("result.json", "report.json", "settings.json", "log")}
     for path in paths.values():
         path.unlink(missing_ok=True)
-    settings = {"kv_cache_dtype": dtype, "dummy": setup.dummy, "report": str(paths["report.json"].resolve())}
+    settings = {"kv_cache_dtype": dtype, "dummy": setup.dummy, "seed": setup.options.seed}
+    settings |= {"report": str(paths["report.json"].resolve())}
     settings |= {"question": setup.options.question, "answer": setup.options.answer}
     paths["settings.json"].write_text(json.dumps(settings))
     words = bench_command(setup, command, dtype, vllm_flags, paths["result.json"].resolve())

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
+
 from engine_bench.gate import (
     DUMMY_PROMPT,
     GATE_TOKENS,
@@ -77,6 +79,7 @@ def main() -> None:
             return generate(prompts, sampling_params, **kwargs)
 
         llm.generate = recorded
+        numpy.random.seed(settings["seed"])  # `vllm bench latency` draws its prompts without seeding
         engines.append((llm, report))
         return llm
 

@@ -18,6 +18,7 @@ from tq_vllm.cli.config_file import read_config
 THROUGHPUT_LINE = re.compile(r"Throughput: [\d.]+ requests/s, ([\d.]+) total tokens/s, ([\d.]+) output tokens/s")
 OUTPUT_TOKENS = re.compile(r"Total num output tokens:\s+(\d+)")
 PERCENTILES = (50, 90, 99)
+NOTE_LENGTH = 200  # of a reason below the table; the JSON has all of it
 BASES = ("auto", "fp8")  # what ratios are to
 
 
@@ -149,6 +150,6 @@ def table(rows: list[dict], columns: list[Column]) -> tuple[list[str], list[list
             if column.compared:
                 ratios = row["ratios"].get(column.figure, {})
                 line += [shown(ratios.get(base), ".2f") for base in BASES]
-    notes = [f"{row['dtype']} {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    notes = [f"{row['dtype']} {row['status']}: {row['reason'][:NOTE_LENGTH]}" for row in rows if row["status"] != "ok"]
     notes += dict.fromkeys(f"{row['dtype']}: {row['note']}." for row in rows if row["note"])
     return header, cells, notes

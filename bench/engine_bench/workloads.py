@@ -69,7 +69,7 @@ WORKLOADS = {
     "main": Workload("48 requests of 8192 in, 256 out", 8192, 256, 48, None, 16 * GIB, 8704),
     "b1-1k": Workload("batch 1, 1k of context", 1024, 256, 8, 1, 16 * GIB, 2048),
     "b8-1k": Workload("batch 8, 1k of context", 1024, 256, 32, 8, 16 * GIB, 2048),
-    "b1-128k": Workload("batch 1, 128k of context", 130_560, 256, 2, 1, 20 * GIB, 131_072),
+    "b1-128k": Workload("batch 1, 128k of context", 130_048, 512, 2, 1, 20 * GIB, 131_072),
     "8x32k": Workload("batch 8, 32k of context", 32_768, 256, 16, 8, 36 * GIB, 33_280),
     "prefill-32k": Workload(
         "one prompt of 32k, chunks of 8192", 32_768, 1, 4, 1, 16 * GIB, 33_280, max_num_batched_tokens=8192
