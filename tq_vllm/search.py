@@ -6,8 +6,8 @@
     index.save("vectors.tq")
     index = TurboQuantIndex.load("vectors.tq")
 
-A vector is rotated, scaled to unit variance and quantized like a vector of the cache (`core.quantizers`); the queries are
-rotated instead of the stored vectors being rotated back, so a score is <rotated query, codes> times one scale.
+A vector is rotated, scaled to unit variance and quantized like a vector of the cache (`core.quantizers`); the queries
+are rotated instead of the stored vectors being rotated back, so a score is <rotated query, codes> times one scale.
 """
 
 import math
@@ -173,7 +173,7 @@ class TurboQuantIndex:
             )
         x = x.to(self.device, torch.float32)
         if not torch.linalg.vector_norm(x, dim=-1).isfinite().all():
-            raise ValueError(f"{what} of a TurboQuantIndex: got NaN, infinity or a length above 1.8e19, allowed finite.")
+            raise ValueError(f"{what} of a TurboQuantIndex: got NaN, infinity or a length over 1.8e19, allowed finite.")
         return x
 
     def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
