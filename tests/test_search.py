@@ -88,6 +88,34 @@ def test_the_unbiased_rule_makes_the_product_with_the_vector_itself_exact():
 
 
 @pytest.mark.parametrize("metric", search.METRICS)
+def test_centre(metric, tmp_path, monkeypatch):
+    """Scores are <q, c> + <x, c> - |c|^2 + those of centred vectors without `center`; the error falls with the mean."""
+    x, queries = random_vectors(500, 64) + 3, random_vectors(5, 64, seed=1) + 3
+    unit = torch.nn.functional.normalize if metric == "cosine" else lambda x: x
+    mean = unit(x).mean(0)
+    plain, centred = TurboQuantIndex(64, 4), TurboQuantIndex(64, 4, metric, center=mean.numpy())
+    plain.add(unit(x) - mean)
+    monkeypatch.setattr(search, "_TILE_ELEMENTS", 64 * 70)
+    centred.add(x)
+    centred.save(tmp_path / "index")
+    loaded = TurboQuantIndex.load(tmp_path / "index")
+    assert loaded.nbytes == centred.nbytes == 500 * (32 + 4 + 4)
+    scores, ids = loaded.search(queries, 500)
+    part, order = plain.search(unit(queries) - mean, 500)
+    expected = torch.zeros(5, 500).scatter_(1, order, part)
+    expected += unit(x) @ mean + (unit(queries) @ mean)[:, None] - mean @ mean
+    torch.testing.assert_close(scores, expected.gather(1, ids), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    uncentred = TurboQuantIndex(64, 4, metric)
+    uncentred.add(x)
+    exact = unit(queries) @ unit(x).t()
+    errors = [
+        (found - exact.gather(1, order)).square().mean().item()
+        for found, order in ((scores, ids), uncentred.search(queries, 500))
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("metric", search.METRICS)
 @pytest.mark.parametrize("bits", [3, 4])
 def test_saved_and_loaded(tmp_path, bits, metric):
     x, queries = random_vectors(200, 80), random_vectors(4, 80, seed=1)
@@ -136,6 +164,10 @@ def test_zero_and_extreme_vectors():
         ({"metric": "l2"}, "metric of a TurboQuantIndex: got 'l2', allowed inner_product, cosine."),
         ({"scale_rule": "max"}, "scale_rule of a TurboQuantIndex: got 'max'"),
         ({"scale_search": ()}, "scale_search of a TurboQuantIndex"),
+        (
+            {"center": torch.zeros(63)},
+            "center of a TurboQuantIndex: got torch.float32 [1, 63], allowed",
+        ),
     ],
 )
 def test_arguments_refused(arguments, message):

@@ -33,7 +33,7 @@ _QUERY_ROWS = 1024  # queries scored at a time against a tile
 class TurboQuantIndex:
     """Vectors kept as `bits`-bit codes and one scale each; ids count 0, 1, 2 ... in the order of `add`.
 
-    Bytes a vector: ceil(dim * bits / 8), and a scale of 2 bytes ("cosine") or 4 ("inner_product").
+    Bytes a vector: ceil(dim * bits / 8) and a scale of 4 bytes ("cosine" without `center`: 2); with `center` 4 more.
 
     Args:
         dim: coordinates of a vector, at least 2; any number (a dimension without a Hadamard matrix is rotated densely).
@@ -43,6 +43,8 @@ class TurboQuantIndex:
             rotations, "raw" with `scale_search=(1.0,)` TurboQuant Alg. 1 as printed.
         scale_search: encoder's scale candidates (`config.SCALE_SEARCH`); `(1.0,)` adds several times faster, and less
             exactly from 3 bits on.
+        center: a vector [dim], such as the mean of a sample ("cosine": of normalised vectors), taken off vectors and
+            queries; its own part of a score is kept exactly. Pays where the vectors have a large mean in common.
         device: where the codes lie and scores are computed.
     Errors: ValueError that names what, got and allowed.
     """
@@ -54,6 +56,7 @@ class TurboQuantIndex:
         metric: str = "inner_product",
         scale_rule: str = "norm",
         scale_search: tuple[float, ...] = SCALE_SEARCH,
+        center: torch.Tensor | np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ):
         for what, got, allowed in (
@@ -69,11 +72,13 @@ class TurboQuantIndex:
             raise ValueError(f"scale_search of a TurboQuantIndex: got {scale_search!r}, allowed numbers above 0.")
         self.dim, self.bits, self.metric, self.scale_rule = dim, bits, metric, scale_rule
         self.scale_search, self.device = tuple(scale_search), torch.device(device)
+        self.center = None if center is None else self._checked(torch.as_tensor(center)[None], "center")[0]
         self._rotate = _Rotate(dim, self.device)
-        self._scale_dtype = torch.float16 if metric == "cosine" else torch.float32
+        self._scale_dtype = torch.float16 if metric == "cosine" and center is None else torch.float32
         empty = torch.empty(0, packed_size(dim, bits), dtype=torch.uint8, device=self.device)
         self._codes = [empty]  # parts of [num_vectors, packed_size(dim, bits)] uint8
         self._scales = [torch.empty(0, dtype=self._scale_dtype, device=self.device)]  # parts of [num_vectors]
+        self._offsets = [torch.empty(0, device=self.device)]  # parts of <center, vector> [num_vectors] f32
         self._byte_table = _byte_table(bits).to(self.device) if 8 % bits == 0 else None
 
     def __len__(self) -> int:
@@ -82,15 +87,16 @@ class TurboQuantIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and scales."""
-        return sum(part.nbytes for part in (*self._codes, *self._scales))
+        return sum(part.nbytes for part in (*self._codes, *self._scales, *self._offsets))
 
     def add(self, vectors: torch.Tensor | np.ndarray) -> None:
         """Append vectors [num_vectors, dim] of any float dtype; ValueError for another shape, NaN or infinity."""
         vectors = self._checked(vectors, "vectors")
         parts = [self._encode(part) for part in vectors.split(max(1, _TILE_ELEMENTS // self.dim))]
-        codes, scales = zip(*parts, strict=True)  # nothing is kept of a batch that fails
+        codes, scales, offsets = zip(*parts, strict=True)  # nothing is kept of a batch that fails
         self._codes.extend(codes)
         self._scales.extend(scales)
+        self._offsets.extend(offsets)
 
     def search(self, queries: torch.Tensor | np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (scores f32, ids int64), both [num_queries, k], of the k best vectors a query, the best first.
@@ -103,9 +109,13 @@ class TurboQuantIndex:
         if not 1 <= k <= len(self):
             raise ValueError(f"k of a search: got {k}, allowed 1 to {len(self)}, the number of vectors in the index.")
         if self.metric == "cosine":
-            queries = torch.nn.functional.normalize(queries, dim=-1)
+            queries = torch.nn.functional.normalize(queries, dim=-1, eps=1e-38)
+        if self.center is not None:  # <q, x> = <q - c, x - c> + <c, x> + <c, q - c>
+            queries = queries - self.center
+            constant = (queries @ self.center)[:, None]
         queries = self._rotate(queries) / math.sqrt(self.dim)
         self._codes, self._scales = [torch.cat(self._codes)], [torch.cat(self._scales)]
+        self._offsets = [torch.cat(self._offsets)]
         best = [
             (
                 torch.empty(len(rows), 0, device=self.device),
@@ -118,9 +128,12 @@ class TurboQuantIndex:
             codes, scales = self._codes[0][start : start + tile], self._scales[0][start : start + tile]
             vectors = self._decode(codes) * scales.to(torch.float32)[:, None]  # [tile, dim] f32
             for i, rows in enumerate(queries.split(_QUERY_ROWS)):
-                best[i] = _merge(best[i], rows @ vectors.t(), start, k)
-        scores, ids = zip(*best, strict=True)
-        return torch.cat(scores), torch.cat(ids)
+                tile_scores = rows @ vectors.t()  # [rows, tile]
+                if self.center is not None:
+                    tile_scores += self._offsets[0][start : start + tile]
+                best[i] = _merge(best[i], tile_scores, start, k)
+        scores, ids = (torch.cat(part) for part in zip(*best, strict=True))
+        return scores if self.center is None else scores + constant, ids
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the index to one file (a NumPy .npz of plain arrays), replacing it only when all is written."""
@@ -136,6 +149,8 @@ class TurboQuantIndex:
                 scale_search=np.array(self.scale_search, dtype=np.float64),
                 codes=torch.cat(self._codes).cpu().numpy(),
                 scales=torch.cat(self._scales).cpu().numpy(),
+                center=np.zeros(0, np.float32) if self.center is None else self.center.cpu().numpy(),
+                offsets=torch.cat(self._offsets).cpu().numpy(),
             )
         os.replace(part, path)
 
@@ -153,15 +168,20 @@ class TurboQuantIndex:
                     str(file["metric"]),
                     str(file["scale_rule"]),
                     tuple(file["scale_search"].tolist()),
+                    file["center"] if file["center"].size else None,
                     device,
                 )
-                codes, scales = torch.from_numpy(file["codes"]), torch.from_numpy(file["scales"])
+                codes, scales, offsets = (torch.from_numpy(file[part]) for part in ("codes", "scales", "offsets"))
         except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{os.fspath(path)} is not a file that TurboQuantIndex.save wrote ({error}).") from error
-        expected = (len(codes), packed_size(index.dim, index.bits)), (len(codes),)
-        if (codes.shape, scales.shape) != expected or (codes.dtype, scales.dtype) != (torch.uint8, index._scale_dtype):
-            raise ValueError(f"{os.fspath(path)} is damaged: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}.")
+        num_vectors, num_offsets = len(codes), 0 if index.center is None else len(codes)
+        shapes = (num_vectors, packed_size(index.dim, index.bits)), (num_vectors,), (num_offsets,)
+        dtypes = torch.uint8, index._scale_dtype, torch.float32
+        got = [(tuple(part.shape), part.dtype) for part in (codes, scales, offsets)]
+        if got != list(zip(shapes, dtypes, strict=True)):
+            raise ValueError(f"{os.fspath(path)} is damaged: codes, scales and offsets are {got}.")
         index._codes, index._scales = [codes.to(index.device)], [scales.to(index.device)]
+        index._offsets = [offsets.to(index.device)]
         return index
 
     def _checked(self, x: torch.Tensor | np.ndarray, what: str) -> torch.Tensor:
@@ -176,13 +196,21 @@ class TurboQuantIndex:
             raise ValueError(f"{what} of a TurboQuantIndex: got NaN, infinity or a length over 1.8e19, allowed finite.")
         return x
 
-    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (packed codes, scales) of x [n, dim] f32; scale * codes / sqrt(dim) is the decoded rotated vector."""
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (packed codes, scales, offsets) of x [n, dim] f32; no offsets without `center`.
+
+        scale * codes / sqrt(dim) is the decoded vector, rotated and centred.
+        """
+        if self.metric == "cosine":
+            x = torch.nn.functional.normalize(x, dim=-1, eps=1e-38)
+        offsets = torch.empty(0, device=self.device)
+        if self.center is not None:
+            offsets, x = x @ self.center, x - self.center
         norm = torch.linalg.vector_norm(x, dim=-1)
         y = self._rotate(torch.nn.functional.normalize(x, dim=-1, eps=1e-38)) * math.sqrt(self.dim)
         codes, scales = encode_vectors(y, self.bits, self.scale_rule, self.scale_search)
-        scales = scales if self.metric == "cosine" else scales * norm
-        return pack_codes(codes, self.bits), scales.to(self._scale_dtype)
+        scales = scales if self._scale_dtype == torch.float16 else scales * norm
+        return pack_codes(codes, self.bits), scales.to(self._scale_dtype), offsets
 
     def _decode(self, packed: torch.Tensor) -> torch.Tensor:
         """Return the centroids f32 [n, dim] of packed codes [n, packed_size]."""
