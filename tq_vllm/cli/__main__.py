@@ -1,4 +1,4 @@
-"""The `tq-vllm` command: doctor, capacity, presets."""
+"""The `tq-vllm` command: doctor, capacity, presets, eval."""
 
 import argparse
 import sys
@@ -17,13 +17,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 success, 1 something is wrong (doctor), 2 bad input, said in one sentence on stderr."""
-    parser = _Parser(prog="tq-vllm", description="TurboQuant KV cache for vLLM: what fits, what runs, what is stored.")
+    about = "TurboQuant KV cache for vLLM: what fits, what runs, what is stored, what it costs in quality."
+    parser = _Parser(prog="tq-vllm", description=about)
     parser.add_argument("--version", action="version", version=f"tq-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
-        from tq_vllm.cli import capacity, doctor, presets
+        from tq_vllm.cli import capacity, doctor, eval, presets
 
-        for command in (doctor, capacity, presets):
+        for command in (doctor, capacity, presets, eval):
             command.add_parser(commands)
         arguments = parser.parse_args(argv)
         return arguments.run(arguments)
