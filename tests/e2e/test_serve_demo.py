@@ -47,9 +47,3 @@ def test_ready_line_then_a_curl_line_that_answers(model):
     assert server.returncode == 0
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers), "vLLM stops with the command that started it"
 
-
-def test_an_unknown_preset_is_one_sentence_that_lists_the_presets():
-    server = serve_demo("--port", free_port(), "--kv-cache-dtype", "turboquant:k9v9")
-    _, err = server.communicate(timeout=180)
-    assert server.returncode == 1
-    assert "turboquant:k9v9" in err and "turboquant:k8v8" in err and "Traceback" not in err

@@ -129,6 +129,20 @@ def test_unknown_preset_is_one_sentence_that_lists_the_presets():
     assert "turboquant_4bit_nc" not in message
 
 
+def test_unknown_preset_on_the_command_line_is_the_sentence_too(capsys):
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-cache-dtype", "turboquant:k9v9"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(
+        "error: argument --kv-cache-dtype: Unknown TurboQuant preset: got 'turboquant:k9v9', allowed "
+        f"{', '.join(PRESETS)}. Use --kv-cache-dtype turboquant if in doubt."
+    )
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-cache-dtype", "fp7"])
+    assert "invalid choice: 'fp7' (choose from" in capsys.readouterr().err
+
+
 def test_unknown_dtype_stays_vllms_own_error():
     with pytest.raises(ValidationError) as caught:
         CacheConfig(cache_dtype="fp7")

@@ -11,6 +11,7 @@ import pytest
 
 from tq_vllm.cli import serve_demo
 from tq_vllm.cli.demo_model import demo_model
+from tq_vllm.config import PRESETS
 
 
 def test_vllm_gets_the_dtype_the_port_and_the_users_flags(monkeypatch):
@@ -44,6 +45,16 @@ def test_a_model_path_that_is_none_is_told_before_anything_starts(capsys, monkey
         port = probe.getsockname()[1]
     assert serve_demo.main(["--model", "./no/such", "--port", str(port)]) == 1
     assert "MODEL=./no/such is not a directory" in capsys.readouterr().err
+
+
+def test_an_unknown_preset_is_told_before_anything_starts(capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    assert serve_demo.main(["--kv-cache-dtype", "turboquant:k9v9"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"tq_vllm: Unknown TurboQuant preset: got 'turboquant:k9v9', allowed {', '.join(PRESETS)}. "
+        "Use --kv-cache-dtype turboquant if in doubt.",
+        "  What to do: choose a preset: `make serve KV_CACHE_DTYPE=turboquant`.",
+    ]
 
 
 @pytest.mark.parametrize(

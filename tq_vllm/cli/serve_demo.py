@@ -22,7 +22,7 @@ from tq_vllm.cli.config_file import read_config
 from tq_vllm.cli.demo_model import NAME, cache_dir, demo_model
 from tq_vllm.cli.model_config import model_shape
 from tq_vllm.cli.progress import StatusLine, StepFailed
-from tq_vllm.config import PRESETS, get_config
+from tq_vllm.config import PRESETS, UnknownPresetError, get_config
 from tq_vllm.format import TurboQuantPage
 
 HOST = "127.0.0.1"
@@ -64,6 +64,15 @@ def check_model(model: str) -> None:
             "name a directory with a config.json, or a model of the Hugging Face hub; "
             f"without MODEL the embedded {NAME} is served",
         )
+
+
+def check_preset(kv_cache_dtype: str) -> None:
+    """Errors: StepFailed for an unknown preset; vLLM would take half a minute to find out."""
+    if kv_cache_dtype.startswith("turboquant:"):
+        try:
+            get_config(kv_cache_dtype)
+        except UnknownPresetError as error:
+            raise StepFailed(str(error), "choose a preset: `make serve KV_CACHE_DTYPE=turboquant`") from None
 
 
 def serve_command(model: str, name: str, args: argparse.Namespace) -> list[str]:
@@ -180,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     server = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop in order, as on Ctrl-C
     try:
+        check_preset(args.kv_cache_dtype)
         check_port(args.port)
         check_model(args.model)
         if not args.model and not (cache_dir() / NAME).exists():

@@ -3,6 +3,7 @@
 Each patch says why it is there and when it can go.
 """
 
+import argparse
 import functools
 import sys
 from typing import Annotated, Literal, get_args
@@ -19,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVQuantMode
 
-from tq_vllm.config import PRESETS, get_config
+from tq_vllm.config import PRESETS, UnknownPresetError, get_config
 from tq_vllm.plugin.dtype import STORAGE_DTYPE, add_quant_mode
 
 # A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
@@ -121,6 +122,16 @@ def _extend_cache_dtype_literal() -> None:
     _retype(SpeculativeConfig, "kv_cache_dtype", checked | None)
     rebuild_dataclass(VllmConfig, force=True)
     arg_utils._compute_kwargs.cache_clear()
+    # The parser asks `type` before it answers with its whole list of choices.
+    arg_utils._compute_kwargs(CacheConfig)["cache_dtype"]["type"] = _cache_dtype_argument
+
+
+def _cache_dtype_argument(name: str) -> str:
+    """`type` of --kv-cache-dtype: an unknown preset is our sentence, as an argument parser takes it."""
+    try:
+        return _refuse_unknown_preset(name)
+    except UnknownPresetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _retype(config_class: type, field: str, annotation: object) -> None:
