@@ -1,5 +1,8 @@
 """Codebooks: the committed tables against the generator, numerical integration and published values."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -109,6 +112,27 @@ def test_page_codebook_is_pinned():
         "0x1.8760000000000p-7",
         "0x1.b2e0000000000p-7",
     ]
+
+
+NO_SCIPY = """
+import sys
+sys.modules["scipy"] = None  # an import of it now fails
+import torch
+import tq_vllm.ops
+from tq_vllm.cli.__main__ import main
+from tq_vllm.cli.round_trip import round_trip_error
+from tq_vllm.core import quantizers, qjl
+x = torch.ones(2, 80)
+for quantizer in (quantizers.TurboQuantMSE(80, 8), qjl.TurboQuantProd(80, 3)):
+    quantizer.dequantize(quantizer.quantize(x))
+assert round_trip_error(torch.device("cpu"), "turboquant", 64) < 1e-4
+assert main(["presets"]) == 0
+"""
+
+
+def test_nothing_but_the_generator_needs_scipy():
+    done = subprocess.run([sys.executable, "-c", NO_SCIPY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unsupported_widths():

@@ -36,7 +36,9 @@ def test_mse_distortion_of_a_large_dimension_is_the_gaussian_one(bits):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_mse_distortion_of_a_head_is_the_beta_one(dim, bits):
-    assert mse_distortion(dim, bits, 8000) == pytest.approx(BETA_MSE[dim][bits - 1], rel=0.01)
+    distortion = mse_distortion(dim, bits, 8000)
+    assert distortion == pytest.approx(BETA_MSE[dim][bits - 1], rel=0.01)
+    assert 4.0**-bits <= distortion <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
 
 
 @pytest.mark.parametrize("dim, bits", [(100, 3), (36, 2), (80, 4), (64, 8), (64, 6)])
@@ -95,9 +97,7 @@ def test_prod_distortion(bits, sketch, factor):
     distortion = dim * torch.stack(errors).double().square().mean().item()
     mse = 1.0 if bits == 1 else BETA_MSE[dim][bits - 2]
     assert distortion == pytest.approx(factor * mse, rel=0.03)
-    assert distortion <= math.sqrt(3) * math.pi**2 * 4.0**-bits  # TurboQuant theorem 2
-    if sketch == "gaussian":
-        assert distortion >= 4.0**-bits  # theorem 3, of every quantizer of b bits in the worst case
+    assert 4.0**-bits <= distortion <= math.sqrt(3) * math.pi**2 * 4.0**-bits  # TurboQuant theorems 3 and 2
 
 
 @pytest.mark.parametrize("make", [TurboQuantMSE, TurboQuantProd])

@@ -1,5 +1,6 @@
 """Rotations: exact Hadamard matrices, orthonormality for every head size, dtypes, determinism and refusals."""
 
+import hashlib
 import math
 
 import pytest
@@ -70,6 +71,30 @@ def test_rounds_are_the_documented_product():
 def test_default_seed_is_pinned():
     assert Rotation(64).signs()[0, :16].tolist() == [-1, 1, 1, -1, 1, 1, 1, -1, 1, -1, 1, -1, -1, -1, -1, -1]
     assert torch.equal(Rotation(64).signs()[0], Rotation(128).signs()[0, :64])
+
+
+@pytest.mark.parametrize(
+    "dim, digest",
+    [
+        (64, "30b9b1b26e690dcb"), (80, "ff29d3a3df3baa36"), (96, "df0eec0967386c91"), (112, "270ea974902a069d"),
+        (128, "bd9ca4a1b57c4d8c"), (192, "d42c52db4174d55a"), (256, "fbfe19982cb97261"), (512, "2d35c6db433c851f"),
+    ],
+)  # fmt: skip
+def test_the_caches_rotation_is_pinned(dim, digest):
+    """The signs of every entry: a change here changes what every stored cache means, on every machine."""
+    signs = Rotation(dim).matrix().sign().to(torch.int8)
+    assert hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16] == digest
+
+
+def test_dense_rotation_is_pinned():
+    """To the last digits that LAPACK and libm leave open; the signs of Q are fixed by R's diagonal."""
+    expected = [
+        [-0.634459594953552, 0.066017246449775, 0.770131641696771],
+        [-0.687240525162434, -0.504206500158731, -0.522949582438064],
+        [0.353781688256807, -0.861056054138680, 0.365268378983577],
+    ]
+    actual = Rotation(3, "dense").matrix()
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
