@@ -52,6 +52,12 @@ def test_terminal_gets_a_drawn_table():
     assert "───" in text and all(name in text for name in PRESETS)
 
 
+def test_a_reader_that_leaves_gets_no_traceback():
+    script = f"{sys.executable} -m tq_vllm.cli presets --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

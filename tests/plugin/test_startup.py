@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from tq_vllm.config import PRESETS
-from tq_vllm.ops import select
+from tq_vllm.ops import cuda_library, select
 from tq_vllm.plugin import startup
 
 
@@ -37,4 +39,25 @@ def test_without_a_kernel_loading_ends_with_the_reasons(tiny_config, attention_l
     select.select.cache_clear()
     with pytest.raises(select.NoKernelError, match="No kernel for attention of turboquant"):
         layer.process_weights_after_loading(torch.float32)
+    assert not lines
+
+
+def test_without_the_compiled_library_a_gpu_is_told_how_to_get_it(tiny_config, attention_layer, monkeypatch, lines):
+    layer = attention_layer(tiny_config())
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda *_: DeviceCapability(9, 0))
+    monkeypatch.setattr(cuda_library, "PATH", cuda_library.PATH.with_name("nowhere.so"))
+    for cache in (cuda_library.why_missing, select.select):
+        cache.cache_clear()
+    with pytest.raises(select.NoKernelError) as caught:
+        layer.process_weights_after_loading(torch.bfloat16)
+    for cache in (cuda_library.why_missing, select.select):
+        cache.cache_clear()
+    sentence = str(caught.value)
+    assert sentence.startswith(
+        "No kernel for store_kv of turboquant, head size 64: cuda: nowhere.so was not built: "
+        "run `make build` (it needs nvcc) or install a wheel that has it; "
+    )
+    assert sentence.endswith(". Or use --kv-cache-dtype auto.") and "\n" not in sentence
     assert not lines

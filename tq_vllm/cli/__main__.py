@@ -1,6 +1,7 @@
 """The `tq-vllm` command: doctor, capacity, presets, eval."""
 
 import argparse
+import os
 import sys
 
 from tq_vllm import __version__
@@ -27,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         for command in (doctor, capacity, presets, eval):
             command.add_parser(commands)
         arguments = parser.parse_args(argv)
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ModuleNotFoundError as error:
         if error.name not in FROM_VLLM:
             raise

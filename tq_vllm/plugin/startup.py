@@ -3,7 +3,7 @@
 import torch
 from vllm.platforms import current_platform
 
-from tq_vllm.ops.select import Call, select
+from tq_vllm.ops.select import Call, NoKernelError, select
 from tq_vllm.plugin.compat import logger
 
 
@@ -53,5 +53,8 @@ def _kernel(op: str, impl, dtype: torch.dtype) -> str:
         sliding_window=bool(impl.sliding_window),
         logits_soft_cap=bool(impl.logits_soft_cap),
     )
-    choice = select(call)
+    try:
+        choice = select(call)
+    except NoKernelError as error:
+        raise NoKernelError(f"{error} Or use --kv-cache-dtype auto.") from None
     return f"{choice.name} ({choice.reason})"
