@@ -125,7 +125,8 @@ class Decode:
         case = self.case
         cuda_attention.attention(
             self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc, None,
-            None, self.out, None, self.softmax_scale, case.query_len, case.context, 0, 0.0, case.preset,
+            None, self.out, None, self.softmax_scale, case.query_len, case.context,
+            case.batch * case.context, 0, 0.0, case.preset,
         )  # fmt: skip
 
     def reference(self, request: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def check(tolerance=2e-4, dtype=torch.float32, **batch):
         cuda_attention.attention(
             query, None, None, kv_cache, b.block_table.cuda(), torch.tensor(b.seq_lens, dtype=torch.int32).cuda(),
             b.query_start_loc.cuda(), move(b.key_offset), move(b.sinks), out, lse, b.softmax_scale, max(b.query_lens),
-            max(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
+            max(b.seq_lens), sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
         )  # fmt: skip
     expected_out, expected_lse = b.expected()
     rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
@@ -107,6 +107,6 @@ def test_rising_scores():
     out = torch.empty_like(b.query, device="cuda")
     cuda_attention.attention(
         b.query.cuda(), None, None, b.kv_cache.cuda(), b.block_table.cuda(), torch.tensor(b.seq_lens).int().cuda(),
-        b.query_start_loc.cuda(), None, None, out, None, b.softmax_scale, 1, 600, 0, 0.0, b.preset,
+        b.query_start_loc.cuda(), None, None, out, None, b.softmax_scale, 1, 600, sum(b.seq_lens), 0, 0.0, b.preset,
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), b.expected()[0], rtol=1e-2, atol=2e-3)

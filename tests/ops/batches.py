@@ -107,8 +107,8 @@ class Batch:
         attention(
             self.query, key, value, self.kv_cache, self.block_table, torch.tensor(self.seq_lens, dtype=torch.int32),
             self.query_start_loc, self.key_offset, self.sinks, out, lse, self.softmax_scale,
-            max(self.query_lens, default=0), max(self.seq_lens, default=0), self.sliding_window, self.logits_soft_cap,
-            self.preset,
+            max(self.query_lens, default=0), max(self.seq_lens, default=0), sum(self.seq_lens), self.sliding_window,
+            self.logits_soft_cap, self.preset,
         )  # fmt: skip
         return out, lse
 

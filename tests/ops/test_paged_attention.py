@@ -176,5 +176,5 @@ def test_memory_does_not_grow_with_context_times_queries():
         torch.tensor(batch.seq_lens), batch.query_start_loc, None, None, torch.zeros_like(batch.query), None,
     )  # fmt: skip
     with LiveBytes() as memory:
-        torch_ops.attention(*inputs, batch.softmax_scale, 1024, 3072, 0, 0.0, batch.preset)
+        torch_ops.attention(*inputs, batch.softmax_scale, 1024, 3072, 3072, 0, 0.0, batch.preset)
     assert 1 << 20 < memory.peak < 32 << 20

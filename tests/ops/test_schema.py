@@ -21,7 +21,8 @@ def test_opcheck_attention():
         args = (
             batch.query, key, value, batch.kv_cache, batch.block_table, torch.tensor(batch.seq_lens, dtype=torch.int32),
             batch.query_start_loc, offset, sinks, torch.zeros_like(batch.query),
-            torch.zeros(batch.num_heads, len(batch.query)) if with_lse else None, batch.softmax_scale, 30, 100, 0, 0.0,
+            torch.zeros(batch.num_heads, len(batch.query)) if with_lse else None, batch.softmax_scale, 30, 100,
+            147, 0, 0.0,
         )  # fmt: skip
         torch.library.opcheck(attention, (*args, batch.preset))
 

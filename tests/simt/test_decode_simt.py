@@ -71,7 +71,7 @@ def check(dtype=torch.float32, **batch):
         cuda_attention.attention(
             query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens, dtype=torch.int32),
             b.query_start_loc, b.key_offset, b.sinks, out, lse, b.softmax_scale, max(b.query_lens), max(b.seq_lens),
-            b.sliding_window, b.logits_soft_cap, b.preset,
+            sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
         )  # fmt: skip
     expected_out, expected_lse = b.expected()
     rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
@@ -140,6 +140,6 @@ def test_rising_scores():
     out = torch.empty_like(b.query)
     cuda_attention.attention(
         b.query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens).int(), b.query_start_loc, None, None,
-        out, None, b.softmax_scale, 1, 600, 0, 0.0, b.preset,
+        out, None, b.softmax_scale, 1, 600, sum(b.seq_lens), 0, 0.0, b.preset,
     )  # fmt: skip
     torch.testing.assert_close(out.double(), b.expected()[0], rtol=1e-2, atol=2e-3)

@@ -77,21 +77,31 @@ CASES = {
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "K8V8 f32 prefill": {"preset": "turboquant:k8v8", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
 }  # fmt: skip
+FLASH_CASES = {  # a buffer of 64 tokens: several passes
+    "K4V4": {"head_dim": 128, "block_size": 64, "with_sinks": True},
+    "K5V4 d256 offset": {"preset": "turboquant:k5v4", "head_dim": 256, "with_offset": True},
+    "K3V3 d96": {"preset": "turboquant:k3v3", "head_dim": 96, "group": 1},
+    "K8V8 f16": {"preset": "turboquant:k8v8", "head_dim": 64, "dtype": torch.float16},
+}
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 
 
 def main(capability: int) -> None:
     """Compile every kernel of every case and print one line a kernel; exit 1 where one doesn't fit."""
     from tests.ops import batches
-    from tq_vllm.ops import triton_ops
-    from tq_vllm.triton_kernels import decode, merge, prefill, rotation
+    from tq_vllm.ops import flash_ops, flash_workspace, triton_ops
+    from tq_vllm.triton_kernels import decode, dequantize, merge, merge_passes, prefill, rotation
 
-    batches.attention = triton_ops.attention
     prefill.shared_memory = lambda device: SHARED_MEMORY[capability]
-    for name, fields in CASES.items():
-        batch = batches.Batch(**{"dtype": torch.bfloat16, "seq_lens": (70, 45)} | fields)
+    flash_workspace.WORKSPACE_BYTES = 0
+    flash_ops.provide(lambda query, *_: (query, torch.zeros(query.shape[1], len(query))))
+    cases = [(triton_ops, (decode, merge, prefill, rotation), *case) for case in CASES.items()]
+    cases += [(flash_ops, (dequantize, merge_passes), *case) for case in FLASH_CASES.items()]
+    for ops, modules, name, fields in cases:
+        batch = batches.Batch(**{"dtype": torch.bfloat16, "seq_lens": (150, 45), "query_lens": (40, 3)} | fields)
         with pytest.MonkeyPatch.context() as patch:
-            launches = record(patch, (decode, merge, prefill, rotation), batch.attend)
+            patch.setattr(batches, "attention", ops.attention)
+            launches = record(patch, modules, batch.attend)
         for kernel, args, options in launches:
             compiled = compile_launch(kernel, args, options, capability)
             shared = compiled.metadata.shared

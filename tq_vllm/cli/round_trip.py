@@ -60,7 +60,7 @@ def round_trip_error(device: torch.device, preset: str, head_dim: int) -> float:
         table, seq_lens, query_start_loc = (x.to(device, torch.int32) for x in ints)
         torch.ops.tq_vllm.attention(
             query[-num_queries:].to(device), *raw, kv_cache, table, seq_lens, query_start_loc, None, None, out, None,
-            head_dim**-0.5, num_queries, SEQ_LEN, 0, 0.0, preset,
+            head_dim**-0.5, num_queries, SEQ_LEN, SEQ_LEN, 0, 0.0, preset,
         )  # fmt: skip
         return out.cpu().double()
 

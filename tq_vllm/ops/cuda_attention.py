@@ -98,8 +98,8 @@ def _workspace(preset: str, head_dim: int, rows: int, device: torch.device, stre
 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float,
-    preset: str,
+    softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
+    logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
     """Attend queries to the cache in one launch; arguments in schema.py, key and value None.
 

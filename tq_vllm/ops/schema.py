@@ -17,9 +17,10 @@ Shapes (all tensors of a call on one device):
 
 Query token i of request r stands at position seq_lens[r] - query_len[r] + i and attends up to itself. With `key` and
 `value` the tokens of this step are attended through these raw tensors and earlier ones through their codes; without,
-everything is read from codes. A `sliding_window` of w > 0 lets position p see p-w+1..p; a `logits_soft_cap` of c > 0
-replaces a score s by c * tanh(s / c). Rows of `out` and `lse` past query_start_loc[-1] stay untouched. A query with
-nothing to attend gives 0 and -inf.
+everything is read from codes. `max_query_len`, `max_seq_len` and `total_seq_len` are upper bounds that the host knows:
+of a request's tokens in this step, of its sequence, and of the sum of all sequences. A `sliding_window` of w > 0 lets
+position p see p-w+1..p; a `logits_soft_cap` of c > 0 replaces a score s by c * tanh(s / c). Rows of `out` and `lse`
+past query_start_loc[-1] stay untouched. A query with nothing to attend gives 0 and -inf.
 
 A key or value vector whose squared norm is not finite in float32 (NaN, inf, or a norm above 1.8e19) counts as the zero
 vector, stored or raw: it hurts no other token.
@@ -36,7 +37,8 @@ LIBRARY.define(
 LIBRARY.define(
     "attention(Tensor query, Tensor? key, Tensor? value, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor query_start_loc, Tensor? key_offset, Tensor? sinks, Tensor(a!) out, Tensor(b!)? lse, float softmax_scale,"
-    " int max_query_len, int max_seq_len, int sliding_window, float logits_soft_cap, str preset) -> ()"
+    " int max_query_len, int max_seq_len, int total_seq_len, int sliding_window, float logits_soft_cap,"
+    " str preset) -> ()"
 )
 
 
@@ -48,6 +50,6 @@ def _(key, value, kv_cache, slot_mapping, positions, key_offset, preset):
 @torch.library.register_fake("tq_vllm::attention", lib=LIBRARY)
 def _(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale, max_query_len, max_seq_len, sliding_window, logits_soft_cap, preset,
+    softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
 ):  # fmt: skip
     return None

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from tq_vllm.ops.flash_workspace import is_long
+
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, tuple[str, ...]] = {  # device type -> modules tq_vllm.ops.<name>_ops, best first
     "cpu": ("torch",),
-    "cuda": ("cuda", "triton"),
+    "cuda": ("cuda", "flash", "triton"),
 }
 
 
@@ -36,6 +38,7 @@ class Call:
         group: query heads per KV head (attention).
         max_query_len: upper bound of the query tokens of a request (attention).
         fresh: this step's keys and values come as raw tensors (attention).
+        long: requests of more tokens than flash_ops takes in one pass (attention).
     """
 
     op: str
@@ -52,6 +55,7 @@ class Call:
     sinks: bool = False
     sliding_window: bool = False
     logits_soft_cap: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,16 +109,17 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float,
-    preset: str,
+    softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
+    logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
     """Serve tq_vllm::attention with the kernel that `select` names."""
     call = Call(
         "attention", query.device.type, _capability(query.device), preset, query.shape[-1], query.dtype,
         kv_cache.shape[2], query.shape[1] // kv_cache.shape[1], max_query_len, key is not None, key_offset is not None,
         sinks is not None, sliding_window > 0, logits_soft_cap > 0,
+        is_long(kv_cache.shape[1], query.shape[-1], total_seq_len),
     )  # fmt: skip
     select(call).function(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-        softmax_scale, max_query_len, max_seq_len, sliding_window, logits_soft_cap, preset,
+        softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
     )  # fmt: skip

@@ -25,8 +25,8 @@ def supports(call: Call) -> str | None:
 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-    softmax_scale: float, max_query_len: int, max_seq_len: int, sliding_window: int, logits_soft_cap: float,
-    preset: str,
+    softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
+    logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
     """Attend queries to the cache and, with key and value, to this step's raw tokens; arguments in schema.py.
 

@@ -6,8 +6,10 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 import tq_vllm.ops  # noqa: F401  defines torch.ops.tq_vllm
+from tq_vllm.ops import flash_ops
 from tq_vllm.plugin import key_offset as key_offsets
 from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer
+from tq_vllm.plugin.flash import provide_flash_attention
 from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
 from tq_vllm.plugin.startup import report_layer
 
@@ -58,6 +60,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.key_offset: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.owner: key_offsets.Owner | None = None
+        provide_flash_attention()
         if self.page.config.key_offset and kv_sharing_target_layer_name is None:
             key_offsets.watch_for_owners()
 
@@ -103,7 +106,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 "Fused output quantization with a TurboQuant KV cache: got on, allowed off; "
                 "use --compilation-config with fuse_attn_quant off instead."
             )
-        if attn_metadata is None:  # profiling: there is no cache yet
+        if attn_metadata is None:  # the memory profile: there is no cache yet
+            flash_ops.reserve(query, self.num_kv_heads)
             return output.fill_(0)
         key_offset = self.key_offset
         if self.kv_sharing_target_layer_name is not None:
@@ -142,6 +146,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.scale,
             requests.max_query_len,
             requests.max_seq_len,
+            requests.total_seq_len,
             self.sliding_window or 0,
             self.logits_soft_cap,
             self.kv_cache_dtype,

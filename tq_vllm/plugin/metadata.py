@@ -24,7 +24,8 @@ class RequestSlice:
     seq_lens: torch.Tensor  # int32 [num_reqs]
     query_start_loc: torch.Tensor  # int32 [num_reqs + 1], starts at 0
     max_query_len: int
-    max_seq_len: int
+    max_seq_len: int  # upper bounds: of a sequence,
+    total_seq_len: int  # and of the sum of them
 
 
 @dataclass
@@ -62,6 +63,12 @@ def _max_num_tokens(vllm_config) -> int:
     num_drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
     largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(scheduler.max_num_batched_tokens + scheduler.max_num_seqs * num_drafts, largest_graph)
+
+
+def _host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Upper bounds of seq_lens in host memory, exact for prefills; where vLLM gives none, the largest for all."""
+    bounds = common.seq_lens_cpu_upper_bound
+    return torch.full((common.num_reqs,), common.max_seq_len) if bounds is None else bounds
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
@@ -105,8 +112,10 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 query_start_loc=common.query_start_loc[: num_decodes + 1],
                 max_query_len=min(common.max_query_len, self.reorder_batch_threshold),
                 max_seq_len=common.max_seq_len,
+                total_seq_len=num_decodes * common.max_seq_len,
             )
         if num_prefills:
+            lengths = _host_seq_lens(common)[num_decodes : common.num_reqs]
             query_start_loc = common.query_start_loc[num_decodes : common.num_reqs + 1]
             prefills = RequestSlice(
                 tokens=slice(num_decode_tokens, common.num_actual_tokens),
@@ -114,7 +123,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 seq_lens=common.seq_lens[num_decodes : common.num_reqs],
                 query_start_loc=query_start_loc - num_decode_tokens if num_decode_tokens else query_start_loc,
                 max_query_len=common.max_query_len,
-                max_seq_len=common.max_seq_len,
+                max_seq_len=int(lengths.max()),
+                total_seq_len=int(lengths.sum()),
             )
         if self.positions is not None:
             self._write_positions(common)
