@@ -38,7 +38,9 @@ def family_of(name: str) -> str:
     """The curve of a row in the plots."""
     if name.startswith("turboquant"):
         return "tq_vllm"
-    return "TurboQuant paper" if name.startswith("TurboQuant paper, mse") else name.split(",")[0].split(" ")[0]
+    if name.startswith("TurboQuant paper"):
+        return "TurboQuant paper, QJL keys" if "QJL" in name else "TurboQuant paper"
+    return name.split(",")[0].split(" ")[0]
 
 
 def row_of(name: str, bytes_per_token: float, text: Distributions, reference: Distributions, windows: int, vocab: int):

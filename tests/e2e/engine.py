@@ -143,7 +143,7 @@ def _wrong_block(requests, block_size: int) -> None:
 FAULTS = {"lost prefix": _lose_prefix, "wrong block": _wrong_block}
 
 
-def install_fault_point(active: dict, block_size: int) -> None:
+def _install_fault_point(active: dict, block_size: int) -> None:
     from tq_vllm.plugin.metadata import TurboQuantMetadataBuilder
 
     build = TurboQuantMetadataBuilder.build
@@ -217,7 +217,7 @@ def main() -> None:
     cache = config.cache_config
     active = {"fault": None}
     if any(p["inject"] for p in job["phases"]):
-        install_fault_point(active, cache.block_size)
+        _install_fault_point(active, cache.block_size)
     phases = {}
     for phase in job["phases"]:
         if phase["reset_prefix_cache"]:
