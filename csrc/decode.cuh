@@ -85,36 +85,40 @@ template <class S> struct Merge {
   __device__ __forceinline__ void add(const float* partial, int row, int lane) {
     const float mine = partial ? load_fresh(partial + row) : NOTHING;
     const float sum_of_mine = partial ? load_fresh(partial + S::ROWS + row) : 0.0f;
-    float largest = fmaxf(mine, reference);
-#pragma unroll
-    for (int m = 16; m; m /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, m));
-    const float weight = partial ? exp2_fast(mine - largest) : 0.0f, shrink = exp2_fast(reference - largest);
-    float total = weight * sum_of_mine;
-#pragma unroll
-    for (int m = 16; m; m /= 2) total += __shfl_xor_sync(~0u, total, m);
-    reference = largest, sum = sum * shrink + total;
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) output[j] *= shrink;
-    uint32_t lanes = __ballot_sync(~0u, partial != nullptr);
-    constexpr int AT_ONCE = PER_LANE <= 4 ? 4 : 2;
+    float weight = 0;
+    const uint32_t all = __ballot_sync(~0u, partial != nullptr);
+    constexpr int AT_ONCE = PER_LANE <= 4 ? 12 : 4;  // rows in flight: most merges wait for memory once
 #pragma unroll 1
-    while (lanes) {
-      float x[AT_ONCE][PER_LANE], w[AT_ONCE];
+    for (uint32_t left = all; left;) {
+      float x[AT_ONCE][PER_LANE];
+      int source[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
-        const int source = max(__ffs(lanes) - 1, 0);
-        const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(partial), source);
-        w[i] = __shfl_sync(~0u, weight, source);
-        if (lanes)
-          load_row<S>(x[i], reinterpret_cast<const float*>(from) + 2 * S::ROWS + row * S::D, lane);
-        else
-          w[i] = 0;
-        lanes &= lanes - 1;
+        source[i] = left ? __ffs(left) - 1 : -1;
+        const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(partial), max(source[i], 0));
+        if (left) load_row<S>(x[i], reinterpret_cast<const float*>(from) + 2 * S::ROWS + row * S::D, lane);
+        left &= left - 1;
+      }
+      if (source[0] == __ffs(all) - 1) {  // the first of them are on their way
+        float largest = fmaxf(mine, reference);
+#pragma unroll
+        for (int m = 16; m; m /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, m));
+        const float shrink = exp2_fast(reference - largest);
+        weight = partial ? exp2_fast(mine - largest) : 0.0f;
+        float total = weight * sum_of_mine;
+#pragma unroll
+        for (int m = 16; m; m /= 2) total += __shfl_xor_sync(~0u, total, m);
+        reference = largest, sum = sum * shrink + total;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++) output[j] *= shrink;
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float w = __shfl_sync(~0u, weight, max(source[i], 0));
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) output[j] = w[i] == 0 ? output[j] : fmaf(w[i], x[i][j], output[j]);
+        for (int j = 0; j < PER_LANE; j++)
+          output[j] = source[i] < 0 || w == 0 ? output[j] : fmaf(w, x[i][j], output[j]);
+      }
     }
   }
 
@@ -175,6 +179,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     constexpr int GROUPS_AT_ONCE = 32 / S::TILES;
     int tile, left_of_unit, group_of_32 = 0, block = 0;
     const uint8_t* from = nullptr;
+    const bool whole_groups = p.tiles_per_block % S::TILES == 0;  // a group is contiguous in one block
     auto column_of = [&](int tile) { return p.block_magic ? int(__umulhi(tile, p.block_magic)) : tile; };
     auto find = [&] {
       group_of_32 = GROUPS_AT_ONCE;
@@ -198,8 +203,13 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
                    : nullptr;
         group_of_32 = 0;
       }
-      const uint64_t source = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), group_of_32 * S::TILES + lane % S::TILES);
-      Copier::copy<S::TILE_BYTES>(ring + into * S::STAGE_BYTES + lane * S::TILE_BYTES, reinterpret_cast<const uint8_t*>(source),
+      // Of a whole group every lane gets the first tile; its last tiles may hold nothing, and are masked.
+      const int tile_of_lane = whole_groups ? 0 : lane % S::TILES;
+      const uint64_t source = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), group_of_32 * S::TILES + tile_of_lane);
+      if (whole_groups && source)
+        Copier::copy_whole<S::STAGE_BYTES>(ring + into * S::STAGE_BYTES, reinterpret_cast<const uint8_t*>(source), barriers + into, lane);
+      else
+        Copier::copy<S::TILE_BYTES>(ring + into * S::STAGE_BYTES + lane * S::TILE_BYTES, reinterpret_cast<const uint8_t*>(source),
                                   source && lane < S::TILES, barriers + into, lane);
       if (--to_load == 0) return;
       if (--left_of_unit == 0) {
@@ -216,13 +226,16 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     RowBlock<S> rows;
     typename RowBlock<S>::QueryBits bits;
     rows.fetch(p, current, bits, lane);
-#pragma unroll
-    for (int s = 0; s < S::STAGES; s++) load(s);
+    load(0);
 
     for (int at = begin; at < end;) {
       const int unit_begin = at - current.group, count = min(end - at, current.request.num_groups - current.group);
       if (at > begin) rows.fetch(p, current, bits, lane);
       rows.prepare(p, bits, query_bytes, raw, lane);
+      if (at == begin) {  // not before: copies are served in order, and every warp waits for its first one
+#pragma unroll
+        for (int s = 1; s < S::STAGES; s++) load(s);
+      }
       float offset[S::ROW_TILES] = {};
       int position = (current.request.first_group + current.group) * GROUP;
       for (int i = 0; i < count; i++, position += GROUP) {
@@ -273,14 +286,12 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     merge.add(same ? pieces[lane].partial : nullptr, row, lane);
     if (first_cta != last_cta) {
       merge.write(partial_of(blockIdx.x, cta_begin, piece.unit_begin), row, lane);
-      __threadfence();
       __syncwarp();
       // A unit's CTAs count at its first one, which holds the beginning of no other unit that goes on in another CTA.
       const unsigned contributors = shares.total >= ctas.num_shares ? last_cta - first_cta + 1 : piece.num_groups;
       unsigned arrived = 0;
-      if (lane == 0) arrived = atomicInc(p.counters + first_cta * 16 + row, contributors - 1);
+      if (lane == 0) arrived = count_arrival(p.counters + first_cta * 16 + row, contributors - 1);
       if (__shfl_sync(~0u, arrived, 0) != contributors - 1) continue;
-      __threadfence();
       __syncwarp();
       merge = Merge<S>{};
 #pragma unroll 1

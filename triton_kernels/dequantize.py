@@ -15,6 +15,17 @@ from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.rotation import sign_matrix
 
 BN = SEGMENT_TOKENS  # tokens of a program: the key offset is one vector over it
+# Arguments that change from step to step: a kernel is compiled once, while the engine warms up.
+CHANGING = ("num_reqs", "num_passes", "slice_tokens", "slice_start", "slice_end", "num_segments", "stride_table")
+UNALIGNED = ("block_table", "seq_lens", "query_start_loc", "starts", "bounds")  # parts of larger tensors
+
+
+REQUEST_SIZES = (16, 128, 1024)  # lanes that stand for requests: each number compiles a kernel
+
+
+def padded_requests(num_reqs: int) -> int:
+    """Return the lanes for num_reqs requests: the next of REQUEST_SIZES, or the next power of two past them."""
+    return next((n for n in REQUEST_SIZES if n >= num_reqs), triton.next_power_of_2(num_reqs))
 
 
 @triton.jit
@@ -34,7 +45,7 @@ def prefixes(seq_lens, query_start_loc, num_reqs, window,
     return first, context_len - first, tl.where(seq_len > 0, query_len, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=UNALIGNED)
 def plan_kernel(
     seq_lens,  # int32 [num_reqs]
     query_start_loc,  # int32 [num_reqs + 1]
@@ -76,7 +87,7 @@ def _rotated_back(x, signs, HEAD_DIM: tl.constexpr, D: tl.constexpr, BN: tl.cons
     return product * (1.0 / HEAD_DIM**0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=UNALIGNED)
 def dequantize_kernel(
     cache,  # uint8, see format.py
     block_table,  # int32 [num_reqs, max_blocks]
@@ -148,7 +159,7 @@ def _finite(x):
     return tl.where((norm * 0.0 == 0.0)[:, None], x, 0.0).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=UNALIGNED)
 def place_kernel(
     key, value,  # [num_tokens, num_kv_heads, HEAD_DIM]
     seq_lens,  # int32 [num_reqs]
@@ -197,7 +208,7 @@ def plan(
     bounds = torch.empty(num_passes, num_reqs + 1, dtype=torch.int32, device=seq_lens.device)
     plan_kernel[(1,)](
         seq_lens, query_start_loc, starts, bounds, num_reqs, num_passes, slice_tokens, sliding_window,
-        num_passes == 1, triton.next_power_of_2(num_reqs), BN, sliding_window > 0, num_warps=4,
+        num_passes == 1, padded_requests(num_reqs), BN, sliding_window > 0, num_warps=4,
     )  # fmt: skip
     return starts, bounds
 
@@ -224,7 +235,7 @@ def dequantize(
         keys, values, num_reqs, first, last, offset.shape[0], sliding_window,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), offset.stride(0), offset.stride(1),
         key_codes(page, lookup), value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
-        triton.next_power_of_2(num_reqs), BN, key_offset is not None, sliding_window > 0, wide, num_warps=4,
+        padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide, num_warps=4,
     )  # fmt: skip
 
 
@@ -235,5 +246,5 @@ def place(key, value, seq_lens, query_start_loc, bounds, keys, values) -> None:
     place_kernel[(triton.cdiv(num_tokens, BN), num_kv_heads)](
         key, value, seq_lens, query_start_loc, bounds, keys, values, len(seq_lens), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), head_dim, triton.next_power_of_2(head_dim),
-        triton.next_power_of_2(len(seq_lens)), BN, num_warps=4,
+        padded_requests(len(seq_lens)), BN, num_warps=4,
     )  # fmt: skip

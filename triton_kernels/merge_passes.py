@@ -7,7 +7,7 @@ import triton.language as tl
 ROWS = 16  # query rows of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_part_lse", "stride_lse"), do_not_specialize_on_alignment=("query_end",))
 def merge_pass_kernel(
     part,  # [num_tokens, num_heads, HEAD_DIM], of this pass
     part_lse,  # f32 [num_heads, num_tokens], natural log, not finite: nothing seen

@@ -68,7 +68,10 @@ def write_shape(name: str, directory: Path) -> Path:
     if name not in SHAPES:
         raise ValueError(f"--shape {name!r}: allowed {', '.join(SHAPES)}; for a real model use --model.")
     config = SHAPES[name]
+    # vLLM refuses prompts of more characters than tokens times the longest word: the special words are longer than any
+    # other and the space after it.
     words = [f"w{i}" for i in range(config["vocab_size"])]
+    words[config["bos_token_id"]], words[config["eos_token_id"]] = "<|begin_of_text|>", "<|end_of_text|>"
     specials = {"bos_token": words[config["bos_token_id"]], "eos_token": words[config["eos_token_id"]]}
     tokenizer = {
         "version": "1.0",

@@ -12,6 +12,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 
 @dataclass
 class Request:
@@ -78,16 +80,19 @@ ENGINE_DEFAULTS = {
 }
 
 
-def run(model: str, engine: dict, phases: list[Phase], tmp_path: Path, timeout: float = 600) -> Result:
+def run(
+    model: str, engine: dict, phases: list[Phase], tmp_path: Path, timeout: float = 600, environment: dict | None = None
+) -> Result:
     """Run a job in a subprocess and return its result; a failing engine raises with the end of its log."""
     job, result = tmp_path / "job.json", tmp_path / "result.json"
-    engine = ENGINE_DEFAULTS | engine
+    engine = ENGINE_DEFAULTS | ({"dtype": "bfloat16"} if torch.cuda.is_available() else {}) | engine
     job.write_text(json.dumps({"model": model, "engine": engine, "phases": [asdict(p) for p in phases]}))
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",  # threads that wait for each other stall when anything else wants the cores
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        **(environment or {}),
     }
     done = subprocess.run(
         [sys.executable, __file__, str(job), str(result)], env=env, timeout=timeout,
@@ -105,7 +110,7 @@ def run(model: str, engine: dict, phases: list[Phase], tmp_path: Path, timeout: 
 
 
 def _force_tokens_class():
-    import torch
+    """For vLLM's first model runner."""
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class ForceTokens(AdapterLogitsProcessor):
@@ -125,6 +130,35 @@ def _force_tokens_class():
             return force
 
     return ForceTokens
+
+
+def _force_tokens_class_of_second_runner():
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+    class ForceTokens(LogitsProcessor):
+        def __init__(self, vllm_config, req_states):
+            self.forced = {}
+
+        def add_request(self, req_idx, sampling_params):
+            extra = sampling_params.extra_args or {}
+            self.forced[req_idx] = extra.get("forced"), extra.get("prompt_len")
+            return extra.get("forced") is not None
+
+        def apply(self, logits, ctx):
+            rows = zip(ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist(), strict=True)
+            for row, (slot, position) in enumerate(rows):
+                forced, prompt_len = self.forced.get(slot, (None, None))
+                if forced and 0 <= (index := position + 1 - prompt_len) < len(forced):
+                    logits[row] = float("-inf")
+                    logits[row, forced[index]] = 0
+            return logits
+
+    return ForceTokens
+
+
+def _second_runner() -> bool:
+    """Whether this process's engine has vLLM's second model runner, whose logits processors are of another kind."""
+    return torch.cuda.is_available() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
 
 
 def _lose_prefix(requests, block_size: int) -> None:
@@ -190,7 +224,7 @@ def _run_phase(engine, phase: dict) -> dict:
                 n=r["n"], temperature=r["temperature"], seed=1, logprobs=r["top_logprobs"], ignore_eos=r["ignore_eos"],
                 max_tokens=len(r["forced"]) if r["forced"] else r["max_tokens"],
                 prompt_logprobs=0 if r["prompt_logprobs"] else None,
-                extra_args={"forced": r["forced"]} if r["forced"] else None,
+                extra_args={"forced": r["forced"], "prompt_len": len(r["prompt"])} if r["forced"] else None,
             )  # fmt: skip
             engine.add_request(r["id"], {"prompt_token_ids": r["prompt"]}, params)
         for r in phase["requests"]:
@@ -210,7 +244,8 @@ def main() -> None:
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    llm = LLM(model=job["model"], logits_processors=[_force_tokens_class()], **job["engine"])
+    force_tokens = _force_tokens_class_of_second_runner() if _second_runner() else _force_tokens_class()
+    llm = LLM(model=job["model"], logits_processors=[force_tokens], **job["engine"])
     engine = llm.llm_engine
     config = engine.vllm_config
     layers = get_layers_from_vllm_config(config, Attention).values()

@@ -8,6 +8,7 @@ of a request between two solo runs with different chunk sizes. Injected faults m
 from dataclasses import replace
 
 import pytest
+import torch
 from compare import distances, worst
 from engine import Phase, Request, Result, run
 
@@ -37,9 +38,10 @@ class Runs:
         self.unchunked = self.start(UNCHUNKED, solo, Phase("arriving", arriving)).phases
         self.floor = max(distances(self.chunked["solo"], self.unchunked["solo"]).values())
 
-    def start(self, engine: dict, *phases: Phase) -> Result:
+    def start(self, engine: dict, *phases: Phase, environment: dict | None = None) -> Result:
         engine = {"kv_cache_dtype": self.preset} | engine
-        result = run(self.model, engine, list(phases), self.tmp_path_factory.mktemp("engine"))
+        directory = self.tmp_path_factory.mktemp("engine")
+        result = run(self.model, engine, list(phases), directory, environment=environment)
         assert result.impls == ["TurboQuantImpl"]
         return result
 
@@ -102,3 +104,16 @@ def test_forced_preemption(runs, text_ids):
     )
     assert result.preemptions >= 3
     runs.check(result.phases["crowd"], result.phases["solo"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("runner", ["1", "2"])
+def test_crowd_in_cuda_graphs(runs, runner):
+    """Compiled, decodes in full CUDA graphs, on both of vLLM's model runners."""
+    result = runs.start(
+        CHUNKED | {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}},
+        Phase("arriving", _arriving(runs.crowd)),
+        environment={"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2"))},
+    )
+    runs.check(result.phases["arriving"])

@@ -56,12 +56,21 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float load_fresh(const float* at) { return *at; }
 inline float4 load_fresh_4(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 
+inline unsigned count_arrival(unsigned* counter, unsigned last) {
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
 struct Copier {
   static void init(uint64_t*) {}
   static void fence_init() {}
   static void nothing() {}
   template <int BYTES> static void copy(uint8_t* to, const uint8_t* from, bool valid, uint64_t*, int) {
     if (valid) std::memcpy(to, from, BYTES);
+  }
+  template <int BYTES> static void copy_whole(uint8_t* to, const uint8_t* from, uint64_t*, int lane) {
+    if (lane == 0) std::memcpy(to, from, BYTES);
   }
   template <int STAGES> static void wait(uint64_t*, uint32_t) { __syncwarp(); }
 };

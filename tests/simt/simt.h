@@ -115,7 +115,6 @@ inline void launch(int ctas, int num_warps, std::function<void()> kernel) {
 
 inline void __syncwarp() { simt::wait_warp(); }
 inline void __syncthreads() { simt::wait(simt::cta, simt::fibers.size()); }
-inline void __threadfence() {}
 template <class T> T __shfl_sync(unsigned, T x, int from) {
   return simt::exchange(x, [&](auto at) { return at(from & 31); });
 }
@@ -138,12 +137,6 @@ inline int __reduce_add_sync(unsigned, int x) {
     return sum;
   });
 }
-inline unsigned atomicInc(unsigned* at, unsigned last) {
-  const unsigned old = *at;
-  *at = old >= last ? 0 : old + 1;
-  return old;
-}
-
 template <class To, class From> To simt_bits(From x) {
   To y;
   static_assert(sizeof x == sizeof y);

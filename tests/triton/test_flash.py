@@ -137,6 +137,27 @@ def test_the_buffer_is_bounded_and_shared():
     assert before.numel() <= flash_workspace.WORKSPACE_BYTES
 
 
+def test_warm_up_compiles_what_steps_need():
+    """Nothing is compiled in front of a user: later steps, of other sizes and alignments, bring no new kernel."""
+    if DEVICE == "cpu":
+        pytest.skip("nothing is compiled in Triton's interpreter")
+    from tq_vllm.triton_kernels import dequantize, merge_passes
+
+    kernels = [dequantize.plan_kernel, dequantize.dequantize_kernel, dequantize.place_kernel,
+               merge_passes.merge_pass_kernel]  # fmt: skip
+
+    def compiled():
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    flash_ops._warm.clear()
+    query = torch.zeros(64, 6, 64, dtype=DTYPE, device=DEVICE)
+    flash_ops.warm_up(query, 2, 16, 64, None, None, 0, "turboquant")
+    before = compiled()
+    for seq_lens, query_lens in (((70,), (33,)), ((40, 7, 100), (1, 7, 30)), ((20,) * 40, (3,) * 40)):
+        Batch(seq_lens=seq_lens, query_lens=query_lens, dtype=DTYPE).fill().attend(lse=False)
+    assert compiled() == before > 0
+
+
 def test_what_it_refuses():
     from tq_vllm.ops.select import Call
 

@@ -20,6 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 # f(query, keys, values, query_start_loc, key_start_loc, max_query_len, max_key_len, softmax_scale, causal, window,
 #   soft_cap, out) -> (out, lse f32 [num_heads, num_tokens]); window (left, right), -1: unbounded.
 _flash_attention: Callable | None = None
+_warm: set[tuple] = set()  # kinds of layers whose kernels are compiled
 
 
 def provide(flash_attention: Callable) -> None:
@@ -43,11 +44,38 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def reserve(query: torch.Tensor, num_kv_heads: int) -> None:
-    """Allocate what a step with this query, [num_tokens, num_heads, head_dim], takes: memory profiles see it."""
-    if _flash_attention is not None and query.dtype in DTYPES:
-        workspace(query.shape[0], num_kv_heads, query.shape[2], query.dtype, query.device)
-        temporaries(query)
+def warm_up(
+    query: torch.Tensor, num_kv_heads: int, block_size: int, max_num_reqs: int, key_offset, sinks, sliding_window: int,
+    preset: str,
+) -> None:  # fmt: skip
+    """Allocate what steps of this query's size take, so that a memory profile sees it, and compile their kernels.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], of the largest step.
+        max_num_reqs: requests of a step at most.
+        key_offset, sinks, sliding_window, preset: as in the calls to come.
+    """
+    if _flash_attention is None or query.dtype not in DTYPES:
+        return
+    num_tokens, num_heads, head_dim = query.shape
+    keys, _ = workspace(num_tokens, num_kv_heads, head_dim, query.dtype, query.device)
+    temporaries(query)
+    layer = num_heads, num_kv_heads, head_dim, block_size, preset, key_offset is None, sinks is None, sliding_window > 0
+    if (kind := (query.device, query.dtype, *layer)) in _warm:
+        return
+    _warm.add(kind)
+    from tq_vllm.triton_kernels.dequantize import REQUEST_SIZES
+
+    slot_bytes = get_page(preset, head_dim).slot_bytes
+    kv_cache = torch.zeros(1, num_kv_heads, block_size, slot_bytes, dtype=torch.uint8, device=query.device)
+    for num_reqs in [n for i, n in enumerate(REQUEST_SIZES) if i == 0 or REQUEST_SIZES[i - 1] < max_num_reqs]:
+        ints = torch.arange(num_reqs + 1, dtype=torch.int32, device=query.device)
+        table, seq_lens = torch.zeros_like(ints)[:-1, None], torch.full_like(ints[:-1], 2)
+        key = query.new_zeros(num_reqs, num_kv_heads, head_dim)
+        one = query.new_zeros(num_reqs, num_heads, head_dim)
+        for total_seq_len in [2 * num_reqs] + ([] if sliding_window > 0 else [len(keys) + num_reqs + 1]):
+            attention(one, key, key, kv_cache, table, seq_lens, ints, key_offset, sinks, torch.empty_like(one), None,
+                      1.0, 1, 2, total_seq_len, sliding_window, 0.0, preset)  # fmt: skip
 
 
 def attention(

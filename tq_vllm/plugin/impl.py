@@ -55,6 +55,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         )
         config = get_current_vllm_config()
         self.max_model_len = config.model_config.max_model_len
+        self.max_num_reqs = config.scheduler_config.max_num_seqs
         cache_config = config.cache_config  # its block size is final only if the user gave one
         self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
         self.key_offset: torch.Tensor | None = None
@@ -107,7 +108,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 "use --compilation-config with fuse_attn_quant off instead."
             )
         if attn_metadata is None:  # the memory profile: there is no cache yet
-            flash_ops.reserve(query, self.num_kv_heads)
+            flash_ops.warm_up(
+                query, self.num_kv_heads, self.block_size, self.max_num_reqs, self.key_offset, self.sinks,
+                self.sliding_window or 0, self.kv_cache_dtype,
+            )  # fmt: skip
             return output.fill_(0)
         key_offset = self.key_offset
         if self.kv_sharing_target_layer_name is not None:

@@ -1,0 +1,151 @@
+"""Time to first token and per output token of a cache dtype, all workloads in one engine: `python bench/latency.py`.
+
+`vllm bench latency` starts an engine for every workload, which takes longer than the workload itself; here one engine
+of stock vLLM serves them all, one process a cache dtype, the same gate as the other benchmarks. Times are taken at the
+engine's outputs: the first token of a request, and the time between steps while every request of the batch decodes.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+KV_CACHE_BYTES = 36 << 30
+MAX_MODEL_LEN = 131_072
+CHUNK = 8192  # tokens of a step
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` requests of input_len random tokens at once; `cached` tokens before them, the same in all, are cached."""
+
+    name: str
+    batch: int
+    input_len: int
+    output_len: int
+    cached: int = 0
+    repeats: int = 3
+
+
+WORKLOADS = [
+    Workload("b1-1k", 1, 1024, 128),
+    Workload("b8-1k", 8, 1024, 128),
+    Workload("8x32k", 8, 32_768, 128, repeats=1),
+    Workload("b1-128k", 1, 130_048, 128, repeats=1),
+    Workload("prefill-32k", 1, 32_768, 1),
+    Workload("prefix-hit", 1, 512, 1, cached=32_768),
+]
+
+
+def run(engine, workload: Workload, seed: int) -> tuple[float, float | None]:
+    """Seconds to the first token (median over requests), and per output token (None for a single one)."""
+    import numpy
+    from vllm import SamplingParams
+
+    random = numpy.random.default_rng(seed)
+    prefix = random.integers(10, 100_000, workload.cached).tolist()
+    if prefix:
+        answer(engine, "prefix", [prefix], SamplingParams(max_tokens=1, ignore_eos=True))
+    prompts = [prefix + random.integers(10, 100_000, workload.input_len).tolist() for _ in range(workload.batch)]
+    params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True)
+    start, first, last = answer(engine, workload.name, prompts, params)
+    to_first = sorted(t - start for t in first.values())[len(first) // 2]
+    steps = [t for t in last if max(first.values()) <= t]
+    return to_first, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else None
+
+
+def answer(engine, name: str, prompts: list[list[int]], params) -> tuple[float, dict[str, float], list[float]]:
+    """Serve prompts; the time before, of each request's first token, and of the steps before the first one finished."""
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{name}-{i}-{start}", {"prompt_token_ids": prompt}, params.clone())
+    first, steps, finished = {}, [], 0
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            if output.outputs[0].token_ids:
+                first.setdefault(output.request_id, now)
+            finished += output.finished
+        if outputs and not finished:
+            steps.append(now)
+    return start, first, steps
+
+
+def worker(settings: dict) -> None:
+    """One engine: the gate, then every workload; prints rows as JSON to settings["result"]."""
+    from engine_bench.offline import check_engine
+    from vllm import LLM
+
+    llm = LLM(
+        model=settings["model"], kv_cache_dtype=settings["kv_cache_dtype"], load_format="dummy",
+        kv_cache_memory_bytes=settings["memory"], max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=CHUNK,
+        max_num_seqs=64, enable_prefix_caching=True, worker_extension_cls="engine_bench.worker.AttentionReport",
+    )  # fmt: skip
+    report = check_engine(llm, settings)
+    rows = []
+    for workload in WORKLOADS:
+        if settings["only"] and workload.name not in settings["only"]:
+            continue
+        times = [run(llm.llm_engine, workload, seed) for seed in range(workload.repeats + 1)]
+        times = times[1:] if workload.repeats > 1 else times[-1:]  # the first one warms up
+        middle = len(times) // 2
+        to_first = sorted(t[0] for t in times)[middle]
+        per_token = sorted(t[1] for t in times)[middle] if times[0][1] is not None else None
+        rows.append({"workload": workload.name, "ttft_ms": to_first * 1e3,
+                     "tpot_ms": None if per_token is None else per_token * 1e3})  # fmt: skip
+        Path(settings["result"]).write_text(json.dumps({"attention": report["attention"], "rows": rows}))
+
+
+def main() -> None:
+    from engine_bench.process import BENCH_DIRECTORY, EngineProcess, RowFailedError
+    from engine_bench.rows import provenance
+    from engine_bench.shapes import SHAPES, write_shape
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--dtypes", default="auto,fp8,turboquant")
+    parser.add_argument("--only", help="workloads, comma-separated")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds one dtype may take")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = str(write_shape(options.shape, Path(tempfile.gettempdir()) / "tq_vllm_shapes"))
+    found: dict[str, dict] = {}
+    for dtype in options.dtypes.split(","):
+        result, log = options.out / f"latency-{dtype}.rows.json", options.out / f"latency-{dtype}.log"
+        result.unlink(missing_ok=True)
+        settings = {"model": model, "kv_cache_dtype": dtype, "memory": KV_CACHE_BYTES, "dummy": True,
+                    "only": options.only and options.only.split(","), "result": str(result.resolve())}  # fmt: skip
+        command = [sys.executable, str(BENCH_DIRECTORY / "latency.py"), "--worker", json.dumps(settings)]
+        with EngineProcess(dtype, command, log, options.timeout, {"HF_HUB_OFFLINE": "1"}) as process:
+            try:
+                process.wait()
+                process.status.end("done")
+            except RowFailedError as failure:
+                process.status.end(f"failed: {str(failure)[:200]}")
+        if result.exists():
+            found[dtype] = json.loads(result.read_text())
+    (options.out / "latency.json").write_text(json.dumps(provenance() | {"shape": options.shape, "dtypes": found}))
+    base = {row["workload"]: row for row in found.get("auto", {"rows": []})["rows"]}
+    for dtype, report in found.items():
+        print(f"{dtype}: {report['attention']}")
+        for row in report["rows"]:
+            line = f"  {row['workload']:12}"
+            for figure in ("ttft_ms", "tpot_ms"):
+                if row[figure] is not None:
+                    reference = base.get(row["workload"], {}).get(figure)
+                    ratio = f" ({row[figure] / reference:.2f} x auto)" if reference else ""
+                    line += f"  {figure[:4].upper()} {row[figure]:9.2f} ms{ratio}"
+            print(line)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.path.insert(0, str(Path(__file__).parent))
+        worker(json.loads(sys.argv[2]))
+    else:
+        main()
