@@ -13,8 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-KV_CACHE_BYTES = 36 << 30
-MAX_MODEL_LEN = 131_072
 CHUNK = 8192  # tokens of a step
 
 
@@ -28,6 +26,10 @@ class Workload:
     output_len: int
     cached: int = 0
     repeats: int = 3
+
+    @property
+    def seq_len(self) -> int:
+        return self.cached + self.input_len + self.output_len
 
 
 WORKLOADS = [
@@ -46,10 +48,15 @@ def run(engine, workload: Workload, seed: int) -> tuple[float, float | None]:
     from vllm import SamplingParams
 
     random = numpy.random.default_rng(seed)
-    prefix = random.integers(10, 100_000, workload.cached).tolist()
+    vocab_size = engine.model_config.get_vocab_size()
+
+    def tokens(count: int) -> list[int]:
+        return random.integers(10, vocab_size - 10, count).tolist()
+
+    prefix = tokens(workload.cached)
     if prefix:
         answer(engine, "prefix", [prefix], SamplingParams(max_tokens=1, ignore_eos=True))
-    prompts = [prefix + random.integers(10, 100_000, workload.input_len).tolist() for _ in range(workload.batch)]
+    prompts = [prefix + tokens(workload.input_len) for _ in range(workload.batch)]
     params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True)
     start, first, last = answer(engine, workload.name, prompts, params)
     to_first = sorted(t - start for t in first.values())[len(first) // 2]
@@ -82,13 +89,15 @@ def worker(settings: dict) -> None:
 
     llm = LLM(
         model=settings["model"], kv_cache_dtype=settings["kv_cache_dtype"], load_format="dummy",
-        kv_cache_memory_bytes=settings["memory"], max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=CHUNK,
-        max_num_seqs=64, enable_prefix_caching=True, worker_extension_cls="engine_bench.worker.AttentionReport",
+        kv_cache_memory_bytes=settings["memory"], max_num_batched_tokens=CHUNK, max_num_seqs=64,
+        enable_prefix_caching=True, worker_extension_cls="engine_bench.worker.AttentionReport",
+        enforce_eager=settings["eager"],
     )  # fmt: skip
     report = check_engine(llm, settings)
     rows = []
+    max_model_len = llm.llm_engine.model_config.max_model_len
     for workload in WORKLOADS:
-        if settings["only"] and workload.name not in settings["only"]:
+        if workload.name not in settings["workloads"] or workload.seq_len > max_model_len:
             continue
         times = [run(llm.llm_engine, workload, seed) for seed in range(workload.repeats + 1)]
         times = times[1:] if workload.repeats > 1 else times[-1:]  # the first one warms up
@@ -101,14 +110,19 @@ def worker(settings: dict) -> None:
 
 
 def main() -> None:
+    import torch
     from engine_bench.process import BENCH_DIRECTORY, EngineProcess, RowFailedError
     from engine_bench.rows import provenance
     from engine_bench.shapes import SHAPES, write_shape
 
+    from tq_vllm.cli.capacity import parse_memory
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--dtypes", default="auto,fp8,turboquant")
-    parser.add_argument("--only", help="workloads, comma-separated")
+    names = ",".join(workload.name for workload in WORKLOADS)
+    parser.add_argument("--workloads", default=names, help=f"comma-separated, of {names}; too long ones are left out")
+    parser.add_argument("--kv-cache-memory", default="36GiB", help="of every engine (default 36GiB)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds one dtype may take")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     options = parser.parse_args()
@@ -118,8 +132,9 @@ def main() -> None:
     for dtype in options.dtypes.split(","):
         result, log = options.out / f"latency-{dtype}.rows.json", options.out / f"latency-{dtype}.log"
         result.unlink(missing_ok=True)
-        settings = {"model": model, "kv_cache_dtype": dtype, "memory": KV_CACHE_BYTES, "dummy": True,
-                    "only": options.only and options.only.split(","), "result": str(result.resolve())}  # fmt: skip
+        settings = {"model": model, "kv_cache_dtype": dtype, "memory": parse_memory(options.kv_cache_memory),
+                    "dummy": True, "workloads": options.workloads.split(","), "result": str(result.resolve()),
+                    "eager": not torch.cuda.is_available()}  # fmt: skip
         command = [sys.executable, str(BENCH_DIRECTORY / "latency.py"), "--worker", json.dumps(settings)]
         with EngineProcess(dtype, command, log, options.timeout, {"HF_HUB_OFFLINE": "1"}) as process:
             try:

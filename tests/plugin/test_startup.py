@@ -23,7 +23,7 @@ def test_the_line(tiny_config, attention_layer, lines):
     (line,) = lines
     # K5V4 at head size 64: 40 + 32 bytes of codes, two f16 scales; bf16 would take 256
     assert "turboquant:k5v4: K5V4, 152 bytes per token and layer (2 KV heads of 64), 3.37 times smaller" in line
-    assert "attention by torch (" in line and "store by torch (" in line
+    assert all(f"{step} by torch (" in line for step in ("decode", "prefill", "store"))
     assert line.endswith("keys not centred: the layer is not a plain decoder attention layer of a module.")
 
 

@@ -34,7 +34,7 @@ def supports(call: Call) -> str | None:
     if call.op != "attention":
         return f"got operation {call.op}, allowed attention"
     if _flash_attention is None:
-        return "no FlashAttention was provided"
+        return "no FlashAttention was provided (the plugin hands over vLLM's when an engine starts)"
     if not call.fresh:
         return "it serves steps with raw keys and values, and this one reads everything from codes"
     if call.dtype not in DTYPES:

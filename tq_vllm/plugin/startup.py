@@ -21,7 +21,7 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
     page, config = impl.page, impl.page.config
     logger.info_once(
         "TurboQuant KV cache %s: K%dV%d, %d bytes per token and layer (%d KV heads of %d), "
-        "%.2f times smaller than bf16; attention by %s, store by %s; keys %s: %s.",
+        "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s.",
         config.name,
         config.key_bits,
         config.value_bits,
@@ -30,14 +30,15 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
         page.head_dim,
         4 * page.head_dim / page.slot_bytes,  # bf16 keys and values take 4 bytes a coordinate
         _kernel("attention", impl, dtype),
+        _kernel("attention", impl, dtype, max_query_len=impl.max_model_len, fresh=True),
         _kernel("store_kv", impl, dtype),
         "not centred" if impl.key_offset is None else "centred",
         centring,
     )
 
 
-def _kernel(op: str, impl, dtype: torch.dtype) -> str:
-    """Name of the kernel that serves a decode of this layer, and why that one."""
+def _kernel(op: str, impl, dtype: torch.dtype, **step) -> str:
+    """Name of the kernel that serves a call of this layer, and why; step: fields of Call, a decode's if none."""
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     call = Call(
         op,
@@ -52,6 +53,7 @@ def _kernel(op: str, impl, dtype: torch.dtype) -> str:
         sinks=impl.sinks is not None,
         sliding_window=bool(impl.sliding_window),
         logits_soft_cap=bool(impl.logits_soft_cap),
+        **step,
     )
     try:
         choice = select(call)
