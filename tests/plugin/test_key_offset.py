@@ -5,60 +5,16 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.qwen2 import Qwen2Attention
 
+from tests.plugin.rope import HEAD_DIM, LLAMA3, NUM_KV_HEADS, ROPES, YARN, segment_means
 from tq_vllm.format import SEGMENT_TOKENS
 from tq_vllm.plugin import key_offset
 
-HEAD_DIM, NUM_KV_HEADS, THETA = 64, 2, 10000.0
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=THETA,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=1024,
-)
-YARN = dict(rope_type="yarn", rope_theta=THETA, factor=4.0, original_max_position_embeddings=512)
-ROPES = {
-    "plain": dict(rope_type="default", rope_theta=THETA),
-    "llama3": LLAMA3,
-    "yarn": YARN,
-    "linear": dict(rope_type="linear", rope_theta=THETA, factor=2.0),
-    "partial": dict(rope_type="default", rope_theta=THETA, partial_rotary_factor=0.5),
-}
 BIAS = torch.randn(NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0)) * 30
-
-
-def _angles(rope: dict) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies float64 [rotary_dim / 2] and the factor on cos and sin, from transformers."""
-    rotary_dim = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0))
-    plain = THETA ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
-    if rope["rope_type"] == "default":
-        return plain, 1.0
-    config = LlamaConfig(head_dim=HEAD_DIM, max_position_embeddings=2048, rope_parameters=rope)
-    inverse_frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
-    return inverse_frequencies.double(), factor
-
-
-def _expected(rope: dict, bias: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Mean over each segment of RoPE (halves rotated) of `bias`, one position after the other."""
-    inverse_frequencies, factor = _angles(rope)
-    half = len(inverse_frequencies)
-    means = torch.zeros(num_segments, *bias.shape, dtype=torch.float64)
-    for position in range(num_segments * SEGMENT_TOKENS):
-        cos, sin = (f(position * inverse_frequencies) * factor for f in (torch.cos, torch.sin))
-        rotated = bias.double().clone()
-        left, right = rotated[..., :half].clone(), rotated[..., half : 2 * half].clone()
-        rotated[..., :half] = left * cos - right * sin
-        rotated[..., half : 2 * half] = right * cos + left * sin
-        means[position // SEGMENT_TOKENS] += rotated / SEGMENT_TOKENS
-    return means
 
 
 @pytest.fixture
@@ -73,7 +29,7 @@ def test_means_are_those_of_the_formula(config, rope):
     rotary_emb = get_rope(HEAD_DIM, 2048, rope_parameters=dict(ROPES[rope]), dtype=torch.float32)
     means = key_offset.rotated_segment_means(rotary_emb, BIAS, 16)
     assert means.dtype is torch.float32 and means.shape == (16, NUM_KV_HEADS, HEAD_DIM)
-    expected = _expected(ROPES[rope], BIAS, 16)
+    expected = segment_means(ROPES[rope], BIAS, 16)
     assert (means - expected).abs().max() < 1e-3 * BIAS.abs().max()
     # able to fail: another segment's mean is far away
     assert (means.roll(1, 0) - expected).abs().max() > 0.3 * BIAS.abs().max()
@@ -132,7 +88,7 @@ def test_a_qwen2_layer_is_centred_by_its_key_bias(config, rope):
     impl = _loaded(_qwen2(config, ROPES[rope]), BIAS)
     assert impl.key_offset.shape == (math.ceil(1000 / SEGMENT_TOKENS), NUM_KV_HEADS, HEAD_DIM)
     assert impl.key_offset.dtype is torch.float32
-    expected = _expected(ROPES[rope], BIAS, 16)
+    expected = segment_means(ROPES[rope], BIAS, 16)
     assert (impl.key_offset - expected).abs().max() < 1e-3 * BIAS.abs().max()
 
 
@@ -152,11 +108,14 @@ def _why_not(attention: nn.Module, bias: torch.Tensor | None) -> str:
     return why
 
 
-def test_keys_normalised_after_their_bias_are_not_centred(config):
-    assert "k_norm" in _why_not(_qwen2(config, qk_norm=True), BIAS)
+def test_keys_normalised_after_their_bias_wait_for_a_pass(config):
+    attention = _qwen2(config, qk_norm=True)
+    impl = _loaded(attention, BIAS)
+    assert (impl.key_offset == 0).all()
+    assert key_offset.compute(impl, torch.float32)[1] == "by their mean over a fixed pass, which follows"
 
 
-def test_no_bias_no_offset(config):
+def test_without_a_bias_keys_wait_for_a_pass(config):
     attention = LlamaAttention(
         config.model_config.hf_config,
         256,
@@ -165,7 +124,7 @@ def test_no_bias_no_offset(config):
         cache_config=config.cache_config,
         prefix="model.layers.0.attn",
     )
-    assert _why_not(attention, None) == "the key projection has no bias"
+    assert (_loaded(attention, None).key_offset == 0).all()
 
 
 def test_multimodal_rope_is_not_guessed(config):
@@ -187,7 +146,7 @@ def test_a_separate_key_projection_is_found(config):
     attention.k_proj = nn.Linear(256, NUM_KV_HEADS * HEAD_DIM)
     attention.k_proj.bias.data = BIAS.flatten()
     attention.attn.process_weights_after_loading(torch.float32)
-    assert (attention.attn.impl.key_offset - _expected(ROPES["plain"], BIAS, 16)).abs().max() < 0.05
+    assert (attention.attn.impl.key_offset - segment_means(ROPES["plain"], BIAS, 16)).abs().max() < 0.05
 
 
 def test_the_global_hook_goes_when_weights_are_loaded(config):

@@ -19,6 +19,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
 
     Attributes:
         key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py).
+        key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
         positions: int32 [max_num_tokens], the buffer that the metadata builder fills; None without a key offset.
 
     Raises:
@@ -56,9 +57,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         config = get_current_vllm_config()
         self.max_model_len = config.model_config.max_model_len
         self.max_num_reqs = config.scheduler_config.max_num_seqs
+        self.pipeline_parallel = config.parallel_config.pipeline_parallel_size > 1
         cache_config = config.cache_config  # its block size is final only if the user gave one
         self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
         self.key_offset: torch.Tensor | None = None
+        self.key_mean: torch.Tensor | None = None
+        self.not_centred: str | None = None
         self.positions: torch.Tensor | None = None
         self.owner: key_offsets.Owner | None = None
         provide_flash_attention()
@@ -72,7 +76,24 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.key_offset.copy_(offset)
         else:
             self.key_offset = offset
+            if offset is not None:  # vLLM keeps a model's buffers when sleeping (level 2) throws its weights away
+                self.owner.layer().register_buffer("turboquant_key_offset", offset, persistent=False)
         report_layer(self, act_dtype, why)
+
+    def centre(self, keys: torch.Tensor) -> float:
+        """Set the key offset by the keys of the fixed pass; return the part of their energy that it leaves.
+
+        Args:
+            keys: [num_tokens, num_kv_heads, head_dim] as stored, of positions 0, 1, ...
+        """
+        rotary_emb = self.owner.parent().rotary_emb
+        self.key_mean = key_offsets.mean_before_rope(rotary_emb, keys).cpu()
+        self.key_offset.copy_(key_offsets.from_mean(rotary_emb, self.key_mean, self.key_offset.shape[0]))
+        return key_offsets.energy_left(rotary_emb, self.key_mean, keys)
+
+    def do_not_centre(self, why: str) -> None:
+        """Keep the layer's keys uncentred from now on, through reloads too."""
+        self.key_offset, self.not_centred = None, why
 
     def do_kv_cache_update(
         self,

@@ -14,6 +14,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from tq_vllm.plugin import key_mean
+
 
 @dataclass
 class RequestSlice:
@@ -80,6 +82,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.positions = None
+        key_mean.take_waiting(vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         centred = [layer.impl for layer in layers if layer.impl.key_offset is not None]
         if centred:
