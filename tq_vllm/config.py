@@ -27,7 +27,8 @@ class TurboQuantConfig:
             of the original; "unbiased": the decoded vector's inner product with the original is the squared norm
             (EDEN); "raw": TurboQuant Alg. 1 as printed.
         scale_search: multipliers tried by the encoder; `(1.0,)` turns the search off.
-        key_offset: subtract the RoPE-rotated bias of the key projection, where the checkpoint has one.
+        key_offset: subtract what a layer's keys have in common, rotated by RoPE: the bias of the key projection where
+            the checkpoint has one, and else the mean of a fixed pass.
     """
 
     name: str

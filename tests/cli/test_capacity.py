@@ -106,11 +106,11 @@ def test_tensor_parallel_splits_heads_and_repeats_the_last():
         heads(3)
 
 
-def test_key_offsets_of_models_with_a_key_bias_are_counted():
-    assert capacity_report(LLAMA_3_1_8B, GIB)["key_offset_bytes"] == 0
-    assert capacity_report(QWEN_3_30B_A3B, GIB)["key_offset_bytes"] == 0
-    report = capacity_report(QWEN_2_5_7B, GIB, max_model_len=1000, tensor_parallel_size=2)
-    assert report["key_offset_bytes"] == 16 * 2 * 128 * 2 * 28  # ceil(1000 / 64) segments, 2 heads, bf16, 28 layers
+def test_key_offsets_are_counted():
+    # ceil(1000 / 64) segments, bf16
+    for config, heads_and_layers in ((LLAMA_3_1_8B, 4 * 32), (QWEN_2_5_7B, 2 * 28), (QWEN_3_30B_A3B, 2 * 48)):
+        report = capacity_report(config, GIB, max_model_len=1000, tensor_parallel_size=2)
+        assert report["key_offset_bytes"] == 16 * 128 * 2 * heads_and_layers
 
 
 def test_a_sequence_that_does_not_fit_says_how_long_one_may_be():

@@ -5,11 +5,12 @@ engine steps; the next one begins when all have finished. A request with `forced
 model prefers, those tokens are its output, and the log-probabilities returned are the model's own for them.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,13 +60,17 @@ class Output:
 
 @dataclass
 class Result:
-    """`backends` and `impls`: attention classes of the layers; `capacity`: tokens of cache that the engine has."""
+    """`backends` and `impls`: attention classes of the layers; `capacity`: tokens of cache that the engine has.
+
+    `key_offsets`: SHA-256 of the key offsets of all layers; empty where no layer has one.
+    """
 
     backends: list[str]
     impls: list[str]
     capacity: int
     block_size: int
     preemptions: int
+    key_offsets: str
     phases: dict[str, dict[str, Output]]
 
 
@@ -81,12 +86,23 @@ ENGINE_DEFAULTS = {
 
 
 def run(
-    model: str, engine: dict, phases: list[Phase], tmp_path: Path, timeout: float = 600, environment: dict | None = None
+    model: str,
+    engine: dict,
+    phases: list[Phase],
+    tmp_path: Path,
+    timeout: float = 600,
+    environment: dict | None = None,
+    centred: bool = True,
 ) -> Result:
-    """Run a job in a subprocess and return its result; a failing engine raises with the end of its log."""
+    """Run a job in a subprocess and return its result; a failing engine raises with the end of its log.
+
+    Without `centred` the presets do without their key offsets.
+    """
     job, result = tmp_path / "job.json", tmp_path / "result.json"
     engine = ENGINE_DEFAULTS | ({"dtype": "bfloat16"} if torch.cuda.is_available() else {}) | engine
-    job.write_text(json.dumps({"model": model, "engine": engine, "phases": [asdict(p) for p in phases]}))
+    job.write_text(
+        json.dumps({"model": model, "engine": engine, "phases": [asdict(p) for p in phases], "centred": centred})
+    )
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",  # threads that wait for each other stall when anything else wants the cores
@@ -192,6 +208,13 @@ def _install_fault_point(active: dict, block_size: int) -> None:
     TurboQuantMetadataBuilder.build = build_with_fault
 
 
+def _hash(tensors: list) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if tensors else ""
+
+
 def _output(completion, request_output) -> dict:
     def chosen(ids, dicts):
         return [d[t].logprob for t, d in zip(ids, dicts or [], strict=False) if d]
@@ -240,6 +263,10 @@ def _run_phase(engine, phase: dict) -> dict:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    from tq_vllm.config import PRESETS
+
+    if not job["centred"]:
+        PRESETS.update({name: replace(preset, key_offset=False) for name, preset in PRESETS.items()})
     from vllm import LLM
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
@@ -266,6 +293,9 @@ def main() -> None:
         capacity=cache.num_gpu_blocks * cache.block_size,
         block_size=cache.block_size,
         preemptions=int(preemptions),
+        key_offsets=_hash(
+            [layer.impl.key_offset for layer in layers if getattr(layer.impl, "key_offset", None) is not None]
+        ),
         phases=phases,
     )
     Path(sys.argv[2]).write_text(json.dumps(asdict(result)))

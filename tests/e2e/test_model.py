@@ -14,7 +14,7 @@ from reference import teacher_forced_logprobs
 
 from tq_vllm.config import get_config
 
-CHUNK = 48
+CHUNK = 48  # tokens a step, and of the pass for the mean of keys: fewer than its usual 64
 PROMPT = 300
 DECODED = 40
 STEPS = [CHUNK] * (PROMPT // CHUNK) + [PROMPT % CHUNK] + [1] * DECODED
@@ -35,12 +35,12 @@ def test_logprobs_of_prompt_and_answer_are_those_of_core(preset, model, text_ids
     output = result.phases["read"]["r"]
     served = output.prompt_logprobs + output.logprobs
     config = get_config(preset)
-    expected = teacher_forced_logprobs(model, tokens, STEPS, config)
+    expected = teacher_forced_logprobs(model, tokens, STEPS, config, CHUNK)
     prompt, answer = (_distance(served[part], expected[part]) for part in (slice(PROMPT - 1), slice(PROMPT - 1, None)))
-    exact = teacher_forced_logprobs(model, tokens, STEPS, config, torch.float64)
+    exact = teacher_forced_logprobs(model, tokens, STEPS, config, CHUNK, torch.float64)
     floor = _distance(expected[PROMPT - 1 :], exact[PROMPT - 1 :])
     print(f"{preset}: mean |difference| {prompt:.4f} (prompt), {answer:.4f} (answer; noise floor {floor:.4f}) nats")
     assert prompt < 0.02
     assert answer < max(0.02, 3 * floor)
-    uncompressed = teacher_forced_logprobs(model, tokens, [len(tokens)], config)
+    uncompressed = teacher_forced_logprobs(model, tokens, [len(tokens)], config, CHUNK)
     assert _distance(served[:PROMPT], uncompressed[:PROMPT]) > 3 * prompt  # the codes were read

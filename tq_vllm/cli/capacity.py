@@ -87,7 +87,7 @@ def capacity_report(
                 **asdict(blocks),
             }
         )
-    segments = -(-max_model_len // SEGMENT_TOKENS) if shape.key_bias else 0
+    segments = -(-max_model_len // SEGMENT_TOKENS) if shape.centred_keys else 0
     return {
         **asdict(shape),
         "tensor_parallel_size": tensor_parallel_size,
@@ -200,7 +200,7 @@ def _print(report: dict) -> None:
     notes = list(report["notes"])
     if report["key_offset_bytes"]:
         where = "subtracted above" if "gpu" in report else "beside the KV-cache memory"
-        notes.append(f"Key offsets from the bias of the key projection: {_size(report['key_offset_bytes'])}, {where}.")
+        notes.append(f"Key offsets: {_size(report['key_offset_bytes'])}, {where}.")
     if too_small := [f"{row['name']} {row['longest_sequence']:,}" for row in report["formats"] if not row["fits"]]:
         notes.append(
             f"A sequence of {report['max_model_len_used']:,} tokens does not fit, and vLLM will not start, with these; "

@@ -34,7 +34,7 @@ class ModelShape:
     Attributes:
         num_full_layers, num_sliding_layers: layers with a KV cache of their own; `sliding_window` in tokens.
         num_shared_layers: layers that read another layer's cache. num_recurrent_layers: layers with a fixed state.
-        max_model_len: longest sequence, as vLLM derives it. key_bias: the key projection has a bias under RoPE.
+        max_model_len: longest sequence, as vLLM derives it. centred_keys: the plugin gives keys an offset.
         image_prefix: tokens of an image attend both ways.
     """
 
@@ -48,7 +48,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     max_model_len: int
-    key_bias: bool
+    centred_keys: bool
     image_prefix: bool = False
 
     def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
@@ -128,7 +128,7 @@ def model_shape(config: dict) -> ModelShape:
         num_kv_heads=_num_kv_heads(text, num_heads),
         head_dim=head_dim or _whole_number(text, "hidden_size", "n_embd", "d_model") // num_heads,
         max_model_len=_max_model_len(text),
-        key_bias=_has_key_bias(text),
+        centred_keys=_has_centred_keys(text, layers),
         image_prefix=whole.model_type in IMAGE_PREFIX_MODELS,
     )
 
@@ -225,10 +225,15 @@ def _rope_parameters(text) -> list[dict]:
     return [r for r in rope.values() if isinstance(r, dict)] if "rope_type" not in rope else [rope]
 
 
-def _has_key_bias(text) -> bool:
-    """Whether the plugin centres the keys on the bias of their projection: under RoPE, not under mRoPE or a norm."""
+def _has_centred_keys(text, layers: list[str]) -> bool:
+    """Whether the plugin gives keys an offset: under RoPE by the position alone, by their mean or by a bias.
+
+    A mean needs a pass through the model without a cache, so it needs plain attention in every layer.
+    """
     ropes = _rope_parameters(text)
-    if not ropes or any("mrope_section" in rope for rope in ropes) or text.model_type.startswith("qwen3"):
+    if not ropes or any("mrope_section" in rope for rope in ropes):
         return False
+    if all(kind in ("full_attention", "attention", *SLIDING_ATTENTION) for kind in layers):
+        return True
     flags = ("attention_bias", "qkv_bias", "use_qkv_bias", "add_qkv_bias")
-    return text.model_type in ("phi", "qwen2", "qwen2_moe") or any(getattr(text, flag, False) for flag in flags)
+    return not text.model_type.startswith("qwen3") and any(getattr(text, flag, False) for flag in flags)
