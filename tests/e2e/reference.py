@@ -14,7 +14,7 @@ from tq_vllm.plugin.key_mean import pass_token_ids
 class _CompressedLayer(DynamicLayer):
     """Keeps decoded keys and values; a step sees its own tokens raw, unless it is a decode step of one token."""
 
-    def __init__(self, config: TurboQuantConfig, key_offset: torch.Tensor):
+    def __init__(self, config: TurboQuantConfig, key_offset: torch.Tensor | None):
         super().__init__()
         self.turboquant = config
         self.key_offset = key_offset
@@ -79,7 +79,9 @@ def teacher_forced_logprobs(
         pass_tokens: how many ids the served model's pass for the mean of its keys has.
     """
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
-    offsets = _key_offsets(network, pass_tokens, -(-len(tokens) // SEGMENT_TOKENS))
+    offsets = [None] * network.config.num_hidden_layers  # 8-bit keys are not centred by a mean
+    if config.key_bits < 8:
+        offsets = _key_offsets(network, pass_tokens, -(-len(tokens) // SEGMENT_TOKENS))
     cache = Cache(layers=[_CompressedLayer(config, offset) for offset in offsets])
     ids = torch.tensor([tokens])
     logits = []

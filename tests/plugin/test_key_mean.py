@@ -212,6 +212,13 @@ def test_a_forward_of_another_kind_leaves_keys_as_they_are(make, lines, monkeypa
     assert [impl.key_offset for impl in impls] == [None, None]
 
 
+def test_eight_bit_keys_are_left_as_they_are(make):
+    served, _, config, layers = make(kv_cache_dtype="turboquant:k8v4")
+    _load(served, config)
+    assert key_offset.compute(layers[0].impl, torch.float32) == (None, "8-bit keys gain nothing by a mean")
+    assert _build(config, layers).positions is None
+
+
 def test_pipeline_stages_are_not_centred(make):
     served, _, _, layers = make()
     layers[0].impl.pipeline_parallel = True

@@ -94,6 +94,8 @@ def compute(impl, dtype: torch.dtype) -> tuple[torch.Tensor | None, str]:
     bias = _key_bias(parent, impl)
     if bias is not None and not _has_norms(parent):
         return rotated_segment_means(rotary_emb, bias, num_segments).to(dtype), "by the bias of the key projection"
+    if impl.page.config.key_bits == 8:  # docs/design.md; reads would pay for it
+        return None, "8-bit keys gain nothing by a mean"
     if impl.key_mean is not None:
         return from_mean(rotary_emb, impl.key_mean, num_segments).to(dtype), "by their mean of an earlier pass"
     if why := key_mean.why_impossible(impl.owner.root(), impl.pipeline_parallel):
