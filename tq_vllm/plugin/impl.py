@@ -57,7 +57,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         config = get_current_vllm_config()
         self.max_model_len = config.model_config.max_model_len
         self.max_num_reqs = config.scheduler_config.max_num_seqs
-        self.pipeline_parallel = config.parallel_config.pipeline_parallel_size > 1
         cache_config = config.cache_config  # its block size is final only if the user gave one
         self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
         self.key_offset: torch.Tensor | None = None
@@ -65,6 +64,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.not_centred: str | None = None
         self.positions: torch.Tensor | None = None
         self.owner: key_offsets.Owner | None = None
+        self.pipeline_parallel = config.parallel_config.pipeline_parallel_size > 1
         provide_flash_attention()
         if self.page.config.key_offset and kv_sharing_target_layer_name is None:
             key_offsets.watch_for_owners()
