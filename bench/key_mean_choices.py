@@ -3,7 +3,8 @@
     python bench/key_mean_choices.py
 
 transformers runs the default model in float32 over 512 tokens of documentation in steps of 64; keys and values of
-earlier steps come out of tq_vllm.core. Means are taken before RoPE and rotated as the plugin does.
+earlier steps come out of tq_vllm.core. Means are taken before RoPE and rotated as the plugin does. The last rows are
+2048 tokens of another page by position, at 3 bits.
 """
 
 import pydoc_data.topics
@@ -20,8 +21,8 @@ from tq_vllm.core.splitmix import splitmix64
 from tq_vllm.format import SEGMENT_TOKENS
 
 PRESETS = ("turboquant:k8v8", "turboquant:k8v4", "turboquant", "turboquant:k3v3")
-STEP, TOKENS = 64, 512
-SEGMENTS = TOKENS // SEGMENT_TOKENS
+STEP, TOKENS, LONG = 64, 512, 2048
+SEGMENTS = LONG // SEGMENT_TOKENS
 
 
 class CompressedLayer(DynamicLayer):
@@ -61,7 +62,7 @@ def keys_before_rope(network, ids: torch.Tensor) -> torch.Tensor:
 def offsets(network, keys: torch.Tensor) -> torch.Tensor:
     """[num_layers, num_segments, num_kv_heads, head_dim]: the mean of keys without the first, rotated, averaged."""
     mean = keys[:, 1:].mean(1)[:, :, None]  # [num_layers, num_kv_heads, 1, head_dim]
-    cos, sin = network.model.rotary_emb(mean, torch.arange(TOKENS)[None])
+    cos, sin = network.model.rotary_emb(mean, torch.arange(LONG)[None])
     rotated, _ = apply_rotary_pos_emb(mean, mean, cos, sin)
     return rotated.unflatten(2, (SEGMENTS, SEGMENT_TOKENS)).mean(3).transpose(1, 2).contiguous()
 
@@ -70,13 +71,23 @@ def without_first_segment(offset: torch.Tensor) -> torch.Tensor:
     return offset * (torch.arange(SEGMENTS) > 0)[:, None, None]
 
 
+def divergence(network, text: torch.Tensor, preset: str, written, read) -> torch.Tensor:
+    """KL divergence to the uncompressed cache, nats, at each position of text [num_tokens]."""
+    reference = network(text[None]).logits[0].log_softmax(-1)
+    layers = [CompressedLayer(get_config(preset), w, r) for w, r in zip(written, read, strict=True)]
+    cache = Cache(layers=layers)
+    steps = [network(part, past_key_values=cache).logits[0] for part in text[None].split(STEP, 1)]
+    return (reference.exp() * (reference - torch.cat(steps).log_softmax(-1))).sum(-1)
+
+
 @torch.inference_mode()
 def main() -> None:
     """Print a row a choice, with a column a preset."""
     path = str(demo_model())
     network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     vocab = network.config.vocab_size
-    text = torch.tensor(AutoTokenizer.from_pretrained(path)(pydoc_data.topics.topics["debugger"])["input_ids"][:TOKENS])
+    tokenizer, topics = AutoTokenizer.from_pretrained(path), pydoc_data.topics.topics
+    text = torch.tensor(tokenizer(topics["debugger"])["input_ids"][:TOKENS])
     uniform = (splitmix64(0x6B65796D, 256) & (2**63 - 1)) % vocab
     octave = uniform % vocab.bit_length()
     by_rank = ((1 << octave) + ((splitmix64(1, 256) & (2**63 - 1)) % (1 << octave))) % vocab
@@ -94,16 +105,13 @@ def main() -> None:
     bf16 = without_first_segment(offsets(network, keys_before_rope(coarse, uniform[:64])))
     choices["64 uniform ids, read with the means of bf16"] = choices["64 uniform ids"][0], bf16
     choices["none"] = ([None] * network.config.num_hidden_layers,) * 2
-    reference = network(text[None]).logits[0].log_softmax(-1)
-    for name, (written, read) in choices.items():
-        row = []
-        for preset in PRESETS:
-            layers = [CompressedLayer(get_config(preset), w, r) for w, r in zip(written, read, strict=True)]
-            cache = Cache(layers=layers)
-            steps = [network(part, past_key_values=cache).logits[0] for part in text[None].split(STEP, 1)]
-            logprobs = torch.cat(steps).log_softmax(-1)
-            row.append(f"{preset} {(reference.exp() * (reference - logprobs)).sum(-1).mean():.5f}")
+    for name, choice in choices.items():
+        row = [f"{preset} {divergence(network, text, preset, *choice).mean():.5f}" for preset in PRESETS]
         print(f"{name:45s}", *row, sep="  ", flush=True)
+    long_text = torch.tensor(tokenizer(topics["specialnames"])["input_ids"][:LONG])
+    for name in ("64 uniform ids", "none"):
+        by_position = divergence(network, long_text, "turboquant:k3v3", *choices[name]).split(LONG // 8)
+        print(f"{name:45s}", *(f"{part.mean():.4f}" for part in by_position), sep="  ", flush=True)
 
 
 if __name__ == "__main__":
