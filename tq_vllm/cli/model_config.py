@@ -34,7 +34,7 @@ class ModelShape:
     Attributes:
         num_full_layers, num_sliding_layers: layers with a KV cache of their own; `sliding_window` in tokens.
         num_shared_layers: layers that read another layer's cache. num_recurrent_layers: layers with a fixed state.
-        max_model_len: longest sequence, as vLLM derives it. centred_keys: the plugin gives keys an offset.
+        max_model_len: longest sequence, as vLLM derives it. centred_by: "bias", "mean" or "": what offset keys get.
         image_prefix: tokens of an image attend both ways.
     """
 
@@ -48,7 +48,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     max_model_len: int
-    centred_keys: bool
+    centred_by: str
     image_prefix: bool = False
 
     def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
@@ -128,7 +128,7 @@ def model_shape(config: dict) -> ModelShape:
         num_kv_heads=_num_kv_heads(text, num_heads),
         head_dim=head_dim or _whole_number(text, "hidden_size", "n_embd", "d_model") // num_heads,
         max_model_len=_max_model_len(text),
-        centred_keys=_has_centred_keys(text, layers),
+        centred_by=_centred_by(text, layers),
         image_prefix=whole.model_type in IMAGE_PREFIX_MODELS,
     )
 
@@ -225,15 +225,17 @@ def _rope_parameters(text) -> list[dict]:
     return [r for r in rope.values() if isinstance(r, dict)] if "rope_type" not in rope else [rope]
 
 
-def _has_centred_keys(text, layers: list[str]) -> bool:
-    """Whether the plugin gives keys an offset: under RoPE by the position alone, by their mean or by a bias.
+def _centred_by(text, layers: list[str]) -> str:
+    """What offset the plugin gives keys, under RoPE by the position alone: by a bias that no norm follows, or a mean.
 
     A mean needs a pass through the model without a cache, so it needs plain attention in every layer.
     """
     ropes = _rope_parameters(text)
     if not ropes or any("mrope_section" in rope for rope in ropes):
-        return False
-    if all(kind in ("full_attention", "attention", *SLIDING_ATTENTION) for kind in layers):
-        return True
+        return ""
     flags = ("attention_bias", "qkv_bias", "use_qkv_bias", "add_qkv_bias")
-    return not text.model_type.startswith("qwen3") and any(getattr(text, flag, False) for flag in flags)
+    biased = text.model_type in ("phi", "qwen2", "qwen2_moe") or any(getattr(text, flag, False) for flag in flags)
+    if biased and not text.model_type.startswith("qwen3"):
+        return "bias"
+    plain = all(kind in ("full_attention", "attention", *SLIDING_ATTENTION) for kind in layers)
+    return "mean" if plain else ""

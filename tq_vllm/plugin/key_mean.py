@@ -21,6 +21,7 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from tq_vllm.core.attention import attention_reference
@@ -35,6 +36,8 @@ _waiting: list[weakref.ref] = []  # of TurboQuantImpl, as loaded: ranks make the
 
 def why_impossible(root: nn.Module, pipeline_parallel: bool) -> str | None:
     """Why no pass can be made through the model `root`, or None if one can."""
+    if current_platform.is_cuda():
+        return "the pass for their mean was not measured on GPUs yet"
     if pipeline_parallel:
         return "a pipeline stage sees no activations at startup"
     for module in root.modules():
