@@ -16,9 +16,9 @@ GAUSSIAN_MSE = {1: 0.3634, 2: 0.1175, 3: 0.03455, 4: 0.00950}
 BETA_MSE = {64: (0.3584, 0.1145, 0.0334, 0.00913), 128: (0.3609, 0.1160, 0.0340, 0.00931)}
 
 
-@pytest.mark.parametrize("bits, dim", [(1, None), (4, None), (8, None), (2, 64), (5, 80), (3, 112), (8, 128), (4, 512)])
-def test_tables_are_what_the_generator_gives(bits, dim):
-    np.testing.assert_allclose(tables.LLOYD_MAX[bits, dim], generator.lloyd_max(bits, dim), rtol=1e-8)
+def test_tables_are_what_the_generator_gives():
+    for (bits, dim), levels in tables.LLOYD_MAX.items():
+        np.testing.assert_allclose(levels, generator.lloyd_max(bits, dim), rtol=1e-8, err_msg=f"{bits} bits, {dim}")
 
 
 def test_tables_are_complete():
