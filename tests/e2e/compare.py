@@ -5,11 +5,13 @@ from statistics import mean
 from engine import Output
 
 
-def distances(a: dict[str, Output], b: dict[str, Output]) -> dict[str, float]:
+def distances(a: dict[str, Output], b: dict[str, Output], cancelled: set[str] = frozenset()) -> dict[str, float]:
     """Mean |difference of log-probability|, nats, of every request that finished in both runs with the same tokens.
 
-    Raises AssertionError if the tokens of a request differ: then the runs were not teacher-forced alike.
+    Raises AssertionError if a request of `a` that was not cancelled did not finish in `b`, and if the tokens of a
+    request differ: then the runs were not teacher-forced alike.
     """
+    assert a.keys() - b.keys() <= set(cancelled) and b.keys() <= a.keys(), sorted(a.keys() ^ b.keys())
     found = {}
     for i in a.keys() & b.keys():
         x, y = a[i], b[i]

@@ -62,7 +62,8 @@ class Output:
 class Result:
     """`backends` and `impls`: attention classes of the layers; `capacity`: tokens of cache that the engine has.
 
-    `key_offsets`: SHA-256 of the key offsets of all layers; empty where no layer has one.
+    `accepted_drafts`: tokens that speculation saved. `key_offsets`: SHA-256 of the key offsets of all layers; empty
+    where no layer has one.
     """
 
     backends: list[str]
@@ -70,6 +71,7 @@ class Result:
     capacity: int
     block_size: int
     preemptions: int
+    accepted_drafts: int
     key_offsets: str
     phases: dict[str, dict[str, Output]]
 
@@ -90,7 +92,7 @@ def run(
     engine: dict,
     phases: list[Phase],
     tmp_path: Path,
-    timeout: float = 600,
+    timeout: float = 1800,
     environment: dict | None = None,
     centred: bool = True,
 ) -> Result:
@@ -122,7 +124,18 @@ def run(
         name: {i: Output(**(o | {"siblings": [Output(**s) for s in o["siblings"]]})) for i, o in outputs.items()}
         for name, outputs in data["phases"].items()
     }
-    return Result(**data)
+    result = Result(**data)
+    _check_classes(result, engine)
+    return result
+
+
+def _check_classes(result: Result, engine: dict) -> None:
+    """On a CPU vLLM's own turboquant dtypes start without an error and generate garbage: no text counts as proof of
+    what computed it."""
+    ours = engine.get("kv_cache_dtype", "auto").partition(":")[0] == "turboquant"
+    stock = not ours or "kv_cache_dtype_skip_layers" in engine
+    for classes, name in ((result.backends, "TurboQuantBackend"), (result.impls, "TurboQuantImpl")):
+        assert (name in classes) == ours and (classes != [name]) == stock, (engine, classes)
 
 
 def _force_tokens_class():
@@ -234,6 +247,7 @@ def _output(completion, request_output) -> dict:
 
 def _run_phase(engine, phase: dict) -> dict:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     waiting = sorted(phase["requests"], key=lambda r: r["arrive"])
     outputs: dict[str, dict] = {}
@@ -244,9 +258,10 @@ def _run_phase(engine, phase: dict) -> dict:
         ):
             r = waiting.pop(0)
             params = SamplingParams(
-                n=r["n"], temperature=r["temperature"], seed=1, logprobs=r["top_logprobs"], ignore_eos=r["ignore_eos"],
+                n=r["n"], temperature=r["temperature"], logprobs=r["top_logprobs"], ignore_eos=r["ignore_eos"],
                 max_tokens=len(r["forced"]) if r["forced"] else r["max_tokens"],
                 prompt_logprobs=0 if r["prompt_logprobs"] else None,
+                output_kind=RequestOutputKind.FINAL_ONLY,  # all samples of a request in its one output
                 extra_args={"forced": r["forced"], "prompt_len": len(r["prompt"])} if r["forced"] else None,
             )  # fmt: skip
             engine.add_request(r["id"], {"prompt_token_ids": r["prompt"]}, params)
@@ -272,7 +287,8 @@ def main() -> None:
     from vllm.model_executor.layers.attention import Attention
 
     force_tokens = _force_tokens_class_of_second_runner() if _second_runner() else _force_tokens_class()
-    llm = LLM(model=job["model"], logits_processors=[force_tokens], **job["engine"])
+    processors = [] if "speculative_config" in job["engine"] else [force_tokens]  # vLLM refuses both together
+    llm = LLM(model=job["model"], logits_processors=processors, **job["engine"])
     engine = llm.llm_engine
     config = engine.vllm_config
     layers = get_layers_from_vllm_config(config, Attention).values()
@@ -286,13 +302,17 @@ def main() -> None:
             assert llm.reset_prefix_cache()
         active["fault"] = phase["inject"]
         phases[phase["name"]] = _run_phase(engine, phase)
-    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    def count(metric: str) -> int:
+        return int(sum(m.value for m in llm.get_metrics() if m.name == metric))
+
     result = Result(
         backends=sorted({layer.attn_backend.__name__ for layer in layers}),
         impls=sorted({type(layer.impl).__name__ for layer in layers}),
         capacity=cache.num_gpu_blocks * cache.block_size,
         block_size=cache.block_size,
-        preemptions=int(preemptions),
+        preemptions=count("vllm:num_preemptions"),
+        accepted_drafts=count("vllm:spec_decode_num_accepted_tokens"),
         key_offsets=_hash(
             [layer.impl.key_offset for layer in layers if getattr(layer.impl, "key_offset", None) is not None]
         ),

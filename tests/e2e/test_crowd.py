@@ -26,6 +26,7 @@ class Runs:
         solo = Phase("solo", crowd, sequential=True)
         arriving = _arriving(crowd)
         leaving = [replace(r, cancel=r.arrive + 5 + i) if i % 4 == 1 else r for i, r in enumerate(arriving)]
+        self.leaving = {r.id for r in leaving if r.cancel is not None}
         self.chunked = self.start(
             CHUNKED,
             solo,
@@ -45,8 +46,8 @@ class Runs:
         assert result.impls == ["TurboQuantImpl"]
         return result
 
-    def check(self, outputs, solo=None) -> None:
-        found = distances(solo or self.chunked["solo"], outputs)
+    def check(self, outputs, solo=None, cancelled=frozenset()) -> None:
+        found = distances(solo or self.chunked["solo"], outputs, cancelled)
         assert max(found.values()) <= 3 * self.floor, f"floor {self.floor:.4f}; {worst(found)}"
 
 
@@ -70,7 +71,7 @@ def test_crowd_without_chunked_prefill(runs):
 
 def test_crowd_with_cancellations(runs):
     assert len(runs.chunked["cancelled"]) < len(runs.crowd)
-    runs.check(runs.chunked["cancelled"])
+    runs.check(runs.chunked["cancelled"], cancelled=runs.leaving)
 
 
 @pytest.mark.parametrize("fault", ["lost prefix", "wrong block"])
@@ -117,3 +118,17 @@ def test_crowd_in_cuda_graphs(runs, runner):
         environment={"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2"))},
     )
     runs.check(result.phases["arriving"])
+
+
+def test_several_samples_of_a_prompt(runs):
+    """Drawn in a crowd with shared prefixes; every sample's log-probabilities again, alone and teacher-forced to it."""
+    requests = [replace(r, forced=None, max_tokens=12, n=3, temperature=1.0) for r in runs.crowd[2:10]]
+    drawn = runs.start(CHUNKED | {"enable_prefix_caching": True}, Phase("drawn", _arriving(requests))).phases["drawn"]
+    samples, alone = {}, []
+    for request in requests:
+        first = drawn[request.id]
+        assert len({tuple(sample.tokens) for sample in (first, *first.siblings)}) == 3
+        for i, sample in enumerate((first, *first.siblings)):
+            samples[f"{request.id}.{i}"] = sample
+            alone.append(Request(f"{request.id}.{i}", request.prompt, forced=sample.tokens))
+    runs.check(samples, runs.start(CHUNKED, Phase("alone", alone, sequential=True)).phases["alone"])

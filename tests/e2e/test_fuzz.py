@@ -33,6 +33,6 @@ def test_every_finished_request_is_its_solo_run(seed, model, text_ids, tmp_path)
     result = run(model, few_blocks, [solo, Phase("fuzz", requests)], tmp_path)
     assert result.preemptions > 0
     floor = max(distances(result.phases["solo"], other.phases["solo"]).values())
-    found = distances(result.phases["solo"], result.phases["fuzz"])
+    found = distances(result.phases["solo"], result.phases["fuzz"], cancelled)
     assert len(found) >= REQUESTS // 2
     assert max(found.values()) <= 3 * floor, f"floor {floor:.4f}; {worst(found)}"

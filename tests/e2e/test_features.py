@@ -1,0 +1,77 @@
+"""What vLLM does with a cache beside plain decoding, in real vLLM: the near-lossless preset against the stock cache."""
+
+import pytest
+import torch
+from compare import distances, worst
+from engine import Phase, Request, Result, run
+
+pytestmark = pytest.mark.engine
+
+NEAR_LOSSLESS = "turboquant:k8v8"
+CLOSE = 0.05  # nats
+
+
+def _requests(ids: list[int], vocab_size: int, lengths: tuple[int, ...], decoded: int = 24) -> list[Request]:
+    ids = [i % vocab_size for i in ids]
+    return [
+        Request(f"r{i}", ids[40 * i : 40 * i + n], forced=ids[40 * i + n : 40 * i + n + decoded])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _farthest(a: Result, b: Result) -> float:
+    found = distances(a.phases["read"], b.phases["read"])
+    print(worst(found))
+    return max(found.values())
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> str:
+    """A small Gemma 2 with random weights: sliding and full layers by turns, soft cap, head size 256."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, sliding_window=32, attn_logit_softcapping=3.0,
+        max_position_embeddings=1024, initializer_range=0.1, query_pre_attn_scalar=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    target = tmp_path_factory.mktemp("gemma")
+    Gemma2ForCausalLM(config).save_pretrained(target)
+    return str(target)
+
+
+def test_sliding_windows_and_soft_cap(gemma, text_ids, tmp_path):
+    phases = [Phase("read", _requests(text_ids, 512, (7, 40, 150, 300)))]
+    engine = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True}
+    stock, ours, coarse = (
+        run(gemma, engine | {"kv_cache_dtype": dtype}, phases, tmp_path)
+        for dtype in ("auto", NEAR_LOSSLESS, "turboquant:k2v2")
+    )
+    assert _farthest(stock, ours) < CLOSE
+    assert _farthest(stock, coarse) > 3 * CLOSE  # what is read from the cache shows in these numbers
+
+
+def test_layers_left_in_the_stock_format(model, text_ids, tmp_path):
+    phases = [Phase("read", _requests(text_ids, 1 << 16, (9, 100, 200)))]
+    engine = {"max_num_batched_tokens": 64}
+    stock = run(model, engine, phases, tmp_path)
+    mixed = run(
+        model,
+        engine | {"kv_cache_dtype": NEAR_LOSSLESS, "kv_cache_dtype_skip_layers": ["0", "29"]},
+        phases,
+        tmp_path,
+    )
+    assert _farthest(stock, mixed) < CLOSE
+
+
+def test_ngram_speculation(model, text_ids, tmp_path):
+    """Drafts that the model accepts and drafts that it does not leave the text what it is without them."""
+    prompts = [text_ids[i : i + 60] * 3 + text_ids[i : i + 8] for i in (0, 300)]
+    phases = [Phase("read", [Request(f"r{i}", p, max_tokens=40) for i, p in enumerate(prompts)])]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    engine = {"kv_cache_dtype": NEAR_LOSSLESS}
+    plain = run(model, engine, phases, tmp_path)
+    drafted = run(model, engine | {"speculative_config": drafts}, phases, tmp_path)
+    assert drafted.accepted_drafts >= 10
+    assert _farthest(plain, drafted) < CLOSE
