@@ -25,9 +25,8 @@ def _farthest(a: Result, b: Result) -> float:
     return max(found.values())
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory) -> str:
-    """A small Gemma 2 with random weights: sliding and full layers by turns, soft cap, head size 256."""
+def _gemma():
+    """Sliding and full layers by turns, soft cap, head size 256."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -35,17 +34,30 @@ def gemma(tmp_path_factory) -> str:
         num_key_value_heads=1, head_dim=256, sliding_window=32, attn_logit_softcapping=3.0,
         max_position_embeddings=1024, initializer_range=0.1, query_pre_attn_scalar=16,
     )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+def _lfm():
+    """A hybrid: short convolutions with a state of their own, and attention, by turns."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2, max_position_embeddings=1024,
+        initializer_range=0.1, conv_dim=256, block_dim=256, block_ff_dim=256, block_multiple_of=256,
+        block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    return Lfm2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [_gemma, _lfm], ids=["sliding windows and soft cap", "hybrid"])
+def test_small_models_with_random_weights(make, text_ids, tmp_path):
     torch.manual_seed(0)
-    target = tmp_path_factory.mktemp("gemma")
-    Gemma2ForCausalLM(config).save_pretrained(target)
-    return str(target)
-
-
-def test_sliding_windows_and_soft_cap(gemma, text_ids, tmp_path):
+    make().save_pretrained(tmp_path / "model")
     phases = [Phase("read", _requests(text_ids, 512, (7, 40, 150, 300)))]
     engine = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True}
     stock, ours, coarse = (
-        run(gemma, engine | {"kv_cache_dtype": dtype}, phases, tmp_path)
+        run(str(tmp_path / "model"), engine | {"kv_cache_dtype": dtype}, phases, tmp_path)
         for dtype in ("auto", NEAR_LOSSLESS, "turboquant:k2v2")
     )
     assert _farthest(stock, ours) < CLOSE
