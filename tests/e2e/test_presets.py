@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from engine import Phase, Request, run
 
 from tq_vllm.cli.capacity import capacity_report
@@ -36,7 +37,13 @@ def test_every_preset_has_a_gate():
     assert set(PERPLEXITY) == {"auto", "fp8", *PRESETS}
 
 
-@pytest.mark.parametrize("name", PERPLEXITY)
+no_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() and "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    reason="vLLM's fp8 cache on a CPU needs AVX-512",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=no_fp8 if name == "fp8" else ()) for name in PERPLEXITY])
 def test_capacity_and_perplexity(name, model, text_ids, tmp_path):
     request = Request("r", text_ids[:TOKENS], max_tokens=1, prompt_logprobs=True)
     engine = {"max_num_batched_tokens": 64, "max_model_len": 1280, "kv_cache_memory_bytes": MEMORY}
