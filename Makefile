@@ -20,7 +20,7 @@ serve:
 test:
 	@$(PYTHON) -m tq_vllm.cli.bootstrap test
 	@.venv/bin/python -m tq_vllm.cli.demo_model
-	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 .venv/bin/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 .venv/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(TESTS)
 
 build:
 	@$(PYTHON) -m tq_vllm.cli.bootstrap serve

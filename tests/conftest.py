@@ -1,11 +1,19 @@
-"""What holds for all tests: the order in which they run, and what their environment says to vLLM and Triton."""
+"""What holds for all tests: how many run at once, their order, and what their environment says to vLLM and Triton."""
 
 import os
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a core for every worker
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, which vLLM may do
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process a core; none beside this one on a GPU, which engines measure before they take memory."""
+    return 0 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,15 +1,19 @@
 """What the end-to-end tests share: the default model, fixed text, and crowds of requests made from it."""
 
+import json
 import pydoc_data.topics
 import random
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine import Request  # noqa: E402
+
+SHORT = 6
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +21,24 @@ def model() -> str:
     from tq_vllm.cli.demo_model import demo_model
 
     return str(demo_model())
+
+
+@pytest.fixture(scope="session")
+def first_layers(model, tmp_path_factory) -> str:
+    """The default model's first SHORT layers, for tests that decode one request at a time: a fifth of the time.
+
+    What a wrong cache does to its log-probabilities shows as it does in the whole model: injected faults prove it.
+    """
+    source, target = Path(model), tmp_path_factory.mktemp("first_layers")
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": SHORT}
+    (target / "config.json").write_text(json.dumps(config))
+    left_out = tuple(f"model.layers.{i}." for i in range(SHORT, 100))
+    weights = load_file(source / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(left_out)}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (target / name).symlink_to(source / name)
+    return str(target)
 
 
 @pytest.fixture(scope="session")

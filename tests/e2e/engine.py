@@ -1,4 +1,4 @@
-"""Run real vLLM in a process of its own: `python engine.py JOB.json RESULT.json`.
+"""Run real vLLM in a process of its own, forked from one that has imported it: that is most of the time of a start.
 
 A job is one engine and a list of phases. A phase is a list of requests that arrive, and may be cancelled, at given
 engine steps; the next one begins when all have finished. A request with `forced` tokens is teacher-forced: whatever the
@@ -7,8 +7,8 @@ model prefers, those tokens are its output, and the log-probabilities returned a
 
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -86,6 +86,10 @@ ENGINE_DEFAULTS = {
     "disable_log_stats": False,
 }
 
+_processes = multiprocessing.get_context("forkserver")
+if not torch.cuda.is_available():
+    _processes.set_forkserver_preload(["vllm.entrypoints.llm"])
+
 
 def run(
     model: str,
@@ -100,25 +104,25 @@ def run(
 
     Without `centred` the presets do without their key offsets.
     """
-    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    log, result = tmp_path / "engine.log", tmp_path / "result.json"
     engine = ENGINE_DEFAULTS | ({"dtype": "bfloat16"} if torch.cuda.is_available() else {}) | engine
-    job.write_text(
-        json.dumps({"model": model, "engine": engine, "phases": [asdict(p) for p in phases], "centred": centred})
-    )
-    env = os.environ | {
+    job = {"model": model, "engine": engine, "phases": [asdict(p) for p in phases], "centred": centred}
+    env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",  # threads that wait for each other stall when anything else wants the cores
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         **(environment or {}),
     }
-    done = subprocess.run(
-        [sys.executable, __file__, str(job), str(result)], env=env, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    (tmp_path / "engine.log").write_text(done.stdout)
-    if done.returncode:
-        raise RuntimeError(f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}")
+    result.unlink(missing_ok=True)
+    process = _processes.Process(target=_run_job, args=(job, env, log, result))
+    process.start()
+    process.join(timeout)
+    if process.exitcode != 0:
+        process.kill()
+        raise RuntimeError(
+            f"engine failed ({process.exitcode}; None: not done in {timeout} s):\n{log.read_text()[-4000:]}"
+        )
     data = json.loads(result.read_text())
     data["phases"] = {
         name: {i: Output(**(o | {"siblings": [Output(**s) for s in o["siblings"]]})) for i, o in outputs.items()}
@@ -276,8 +280,20 @@ def _run_phase(engine, phase: dict) -> dict:
     return outputs
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def _run_job(job: dict, environment: dict, log: Path, result: Path) -> None:
+    """The forked process."""
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        result.write_text(json.dumps(asdict(_result_of(job))))
+    finally:
+        sys.stdout.flush()
+
+
+def _result_of(job: dict) -> Result:
     from tq_vllm.config import PRESETS
 
     if not job["centred"]:
@@ -306,7 +322,7 @@ def main() -> None:
     def count(metric: str) -> int:
         return int(sum(m.value for m in llm.get_metrics() if m.name == metric))
 
-    result = Result(
+    return Result(
         backends=sorted({layer.attn_backend.__name__ for layer in layers}),
         impls=sorted({type(layer.impl).__name__ for layer in layers}),
         capacity=cache.num_gpu_blocks * cache.block_size,
@@ -318,8 +334,3 @@ def main() -> None:
         ),
         phases=phases,
     )
-    Path(sys.argv[2]).write_text(json.dumps(asdict(result)))
-
-
-if __name__ == "__main__":
-    main()

@@ -56,8 +56,8 @@ def _arriving(requests, every: int = 2):
 
 
 @pytest.fixture(scope="module", params=["turboquant", "turboquant:k8v8"])
-def runs(request, model, crowd, tmp_path_factory):
-    return Runs(request.param, model, crowd, tmp_path_factory)
+def runs(request, first_layers, crowd, tmp_path_factory):
+    return Runs(request.param, first_layers, crowd, tmp_path_factory)
 
 
 @pytest.mark.parametrize("phase", ["all at once", "arriving"])
@@ -122,7 +122,7 @@ def test_crowd_in_cuda_graphs(runs, runner):
 
 def test_several_samples_of_a_prompt(runs):
     """Drawn in a crowd with shared prefixes; every sample's log-probabilities again, alone and teacher-forced to it."""
-    requests = [replace(r, forced=None, max_tokens=12, n=3, temperature=1.0) for r in runs.crowd[2:10]]
+    requests = [replace(r, forced=None, max_tokens=12, n=3, temperature=1.0) for r in runs.crowd[2:7]]
     drawn = runs.start(CHUNKED | {"enable_prefix_caching": True}, Phase("drawn", _arriving(requests))).phases["drawn"]
     samples, alone = {}, []
     for request in requests:

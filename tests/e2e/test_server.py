@@ -61,7 +61,7 @@ def test_startup_names_the_cache(server):
     """The line comes from the attention implementation itself: proof of what computes the answers below."""
     text = server.log.read_text()
     assert "TurboQuant KV cache turboquant: K4V4, 204 bytes per token and layer (3 KV heads of 64)" in text
-    assert "attention by torch (" in text and "KV cache size" in text
+    assert all(f"{step} by torch (" in text for step in ("decode", "prefill", "store")) and "KV cache size" in text
 
 
 def test_streams_and_survives_a_client_that_leaves(server):

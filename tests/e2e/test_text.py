@@ -29,7 +29,7 @@ def test_near_lossless_preset_gives_the_uncompressed_text(model, tmp_path):
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
             ),
-            max_tokens=48, ignore_eos=False, top_logprobs=5,
+            max_tokens=24, ignore_eos=False, top_logprobs=5,
         )
         for i, question in enumerate(QUESTIONS)
     ]  # fmt: skip
