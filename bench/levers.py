@@ -101,6 +101,7 @@ def channel_scales(q: torch.Tensor, k: torch.Tensor, pairs: bool) -> torch.Tenso
     k2 = k.square().mean(1)
     if pairs:
         q2, k2 = (torch.cat([sum(x.chunk(2, -1))] * 2, -1) for x in (q2, k2))
+    q2, k2 = (x + 1e-4 * x.mean(-1, keepdim=True) for x in (q2, k2))  # channels may be dead
     return torch.diag_embed((q2 / k2) ** 0.25)
 
 

@@ -21,7 +21,7 @@ TOLERANCE = 0.05
 class Sequences:
     """Raw query, key and value of three growing sequences, and the engine's side of a step over them."""
 
-    def __init__(self, layer, config, offset: torch.Tensor | None = None):
+    def __init__(self, layer, config, offset: torch.Tensor | None = None, scale: torch.Tensor | None = None):
         g = torch.Generator().manual_seed(1)
         self.layer, self.config = layer, config
         self.query = torch.randn(3, 200, NUM_HEADS, HEAD_DIM, generator=g)
@@ -29,7 +29,8 @@ class Sequences:
         self.value = torch.randn(3, 200, NUM_KV_HEADS, HEAD_DIM, generator=g)
         if offset is not None:
             self.key += offset[torch.arange(200) // 64]
-        layer.impl.key_offset = offset
+        layer.impl.key_scale = scale
+        layer.impl.key_offset = offset if scale is None or offset is None else offset * scale
         self.lengths = [0, 0, 0]
         self.block_table = torch.randperm(24, generator=g).int().view(3, 8)
         layer.kv_cache = torch.zeros(24, NUM_KV_HEADS, BLOCK, layer.impl.page.slot_bytes, dtype=torch.uint8)
@@ -111,15 +112,19 @@ def _run(sequences: Sequences, padding: int = 0) -> float:
 
 @pytest.fixture
 def make(tiny_config, attention_layer, single_rank):
-    def make(offset=None, **kwargs) -> Sequences:
+    def make(offset=None, scale=None, **kwargs) -> Sequences:
         config = tiny_config(kv_cache_dtype="turboquant:k8v8")
-        return Sequences(attention_layer(config, prefix=LAYER, **kwargs), config, offset)
+        return Sequences(attention_layer(config, prefix=LAYER, **kwargs), config, offset, scale)
 
     return make
 
 
 def _offset() -> torch.Tensor:
     return torch.randn(4, NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2)) * 20
+
+
+def _scale() -> torch.Tensor:
+    return torch.rand(HEAD_DIM, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
 FEATURES = {
@@ -142,6 +147,19 @@ def test_mixed_batches_with_a_key_offset(make, padding):
     assert _run(make(_offset()), padding) < TOLERANCE
 
 
+@pytest.mark.parametrize("offset", [False, True])
+def test_mixed_batches_with_key_scales(make, offset):
+    assert _run(make(_offset() if offset else None, _scale()), padding=5) < TOLERANCE
+
+
+def test_a_query_that_was_not_scaled_would_show(make):
+    sequences = make(scale=_scale())
+    sequences.step(STEPS[0])
+    sequences.layer.impl.key_scale = None
+    got, expected = sequences.step(STEPS[1])
+    assert (got - expected).abs().max() > 4 * TOLERANCE
+
+
 def test_profiling_without_metadata_gives_zeros(make):
     sequences = make()
     query = torch.randn(6, NUM_HEADS, HEAD_DIM)
@@ -158,8 +176,8 @@ def test_fused_output_quantization_is_refused(make):
 
 
 def test_a_layer_that_shares_a_cache_reads_the_owners(make, attention_layer):
-    """Everything comes from the owner's codes and offset; the raw key and value handed to the sharing layer do not."""
-    sequences = make(_offset())
+    """All comes from the owner's codes, offset and scale; the raw key and value handed to the sharing layer do not."""
+    sequences = make(_offset(), _scale())
     sharing = attention_layer(
         sequences.config, prefix="model.layers.1.self_attn.attn", kv_sharing_target_layer_name=LAYER
     )

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 import tq_vllm.ops  # noqa: F401  defines torch.ops.tq_vllm
 from tq_vllm.ops import flash_ops
 from tq_vllm.plugin import key_offset as key_offsets
+from tq_vllm.plugin import key_scale as key_scales
 from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer
 from tq_vllm.plugin.flash import provide_flash_attention
 from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
@@ -18,8 +19,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     """Calls tq_vllm::store_kv and tq_vllm::attention on the slices of a batch.
 
     Attributes:
-        key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py).
+        key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py); of keys
+            times key_scale.
         key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
+        key_scale: fp32 [head_dim], or None: keys are stored times it, queries divided by it (see key_scale.py).
         positions: int32 [max_num_tokens], the buffer that the metadata builder fills; None without a key offset.
 
     Raises:
@@ -61,35 +64,49 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
         self.key_offset: torch.Tensor | None = None
         self.key_mean: torch.Tensor | None = None
+        self.key_scale: torch.Tensor | None = None
         self.not_centred: str | None = None
         self.positions: torch.Tensor | None = None
         self.owner: key_offsets.Owner | None = None
         self.pipeline_parallel = config.parallel_config.pipeline_parallel_size > 1
         provide_flash_attention()
-        if self.page.config.key_offset and kv_sharing_target_layer_name is None:
+        if kv_sharing_target_layer_name is None:
             key_offsets.watch_for_owners()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Compute the key offset from the loaded weights and report the layer; a reload keeps the tensor's address."""
+        """Compute key scale and offset from the loaded weights and report the layer; a reload keeps their addresses."""
+        parent = None if self.owner is None else self.owner.parent()
+        scale = key_scales.compute(parent, self.head_size)
         offset, why = key_offsets.compute(self, act_dtype)
-        if self.key_offset is not None and offset is not None:
-            self.key_offset.copy_(offset)
-        else:
-            self.key_offset = offset
-            if offset is not None:  # vLLM keeps a model's buffers when sleeping (level 2) throws its weights away
-                self.owner.layer().register_buffer("turboquant_key_offset", offset, persistent=False)
+        self._keep("key_scale", scale)
+        self._keep("key_offset", None if offset is None else self._scaled_key(offset))
         report_layer(self, act_dtype, why)
+
+    def _keep(self, name: str, value: torch.Tensor | None) -> None:
+        """Set an attribute that captured CUDA graphs read."""
+        kept = getattr(self, name)
+        if kept is not None and value is not None:
+            kept.copy_(value)
+        else:
+            setattr(self, name, value)
+            if value is not None:  # vLLM keeps a model's buffers when sleeping (level 2) throws its weights away
+                self.owner.layer().register_buffer(f"turboquant_{name}", value, persistent=False)
 
     def centre(self, keys: torch.Tensor) -> float:
         """Set the key offset by the keys of the fixed pass; return the part of their energy that it leaves.
 
         Args:
-            keys: [num_tokens, num_kv_heads, head_dim] as stored, of positions 0, 1, ...
+            keys: [num_tokens, num_kv_heads, head_dim] as the model makes them, of positions 0, 1, ...
         """
         rotary_emb = self.owner.parent().rotary_emb
         self.key_mean = key_offsets.mean_before_rope(rotary_emb, keys).cpu()
-        self.key_offset.copy_(key_offsets.from_mean(rotary_emb, self.key_mean, self.key_offset.shape[0]))
+        offset = key_offsets.from_mean(rotary_emb, self.key_mean, self.key_offset.shape[0])
+        self.key_offset.copy_(self._scaled_key(offset))
         return key_offsets.energy_left(rotary_emb, self.key_mean, keys)
+
+    def _scaled_key(self, key: torch.Tensor) -> torch.Tensor:
+        """Keys [..., head_dim] as they are stored: rounded once, to their own dtype."""
+        return key if self.key_scale is None else torch.mul(key, self.key_scale, out=torch.empty_like(key))
 
     def do_not_centre(self, why: str) -> None:
         """Keep the layer's keys uncentred from now on, through reloads too."""
@@ -108,6 +125,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             metadata = _metadata_of(layer.layer_name)
             # Graph capture may come without metadata: what it records must read the builder's buffer all the same.
             positions = (self.positions if metadata is None else metadata.positions)[: key.shape[0]]
+        key = self._scaled_key(key)
         torch.ops.tq_vllm.store_kv(key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype)
 
     def forward(
@@ -128,21 +146,25 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 "Fused output quantization with a TurboQuant KV cache: got on, allowed off; "
                 "use --compilation-config with fuse_attn_quant off instead."
             )
+        stored_by = self
+        if self.kv_sharing_target_layer_name is not None:
+            # This layer reads another layer's cache: the raw key and value it is handed are not what that one stored.
+            key = value = None
+            stored_by = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name].impl
+        if stored_by.key_scale is not None:
+            query = torch.div(query, stored_by.key_scale, out=torch.empty_like(query))
+            if key is not None and (attn_metadata is None or attn_metadata.prefills is not None):
+                key = self._scaled_key(key)
         if attn_metadata is None:  # the memory profile: there is no cache yet
             flash_ops.warm_up(
                 query, self.num_kv_heads, self.block_size, self.max_num_reqs, self.key_offset, self.sinks,
                 self.sliding_window or 0, self.kv_cache_dtype,
             )  # fmt: skip
             return output.fill_(0)
-        key_offset = self.key_offset
-        if self.kv_sharing_target_layer_name is not None:
-            # This layer reads another layer's cache: the raw key and value it is handed are not what that one stored.
-            key = value = None
-            key_offset = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name].impl.key_offset
         if attn_metadata.decodes is not None:
-            self._attend(attn_metadata.decodes, query, None, None, kv_cache, key_offset, output)
+            self._attend(attn_metadata.decodes, query, None, None, kv_cache, stored_by.key_offset, output)
         if attn_metadata.prefills is not None:
-            self._attend(attn_metadata.prefills, query, key, value, kv_cache, key_offset, output)
+            self._attend(attn_metadata.prefills, query, key, value, kv_cache, stored_by.key_offset, output)
         return output
 
     def _attend(

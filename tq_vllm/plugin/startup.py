@@ -21,7 +21,7 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
     page, config = impl.page, impl.page.config
     logger.info_once(
         "TurboQuant KV cache %s: K%dV%d, %d bytes per token and layer (%d KV heads of %d), "
-        "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s.",
+        "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s%s.",
         config.name,
         config.key_bits,
         config.value_bits,
@@ -34,6 +34,7 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
         _kernel("store_kv", impl, dtype),
         "not centred" if impl.key_offset is None else "centred",
         centring,
+        "" if impl.key_scale is None else "; key channels scaled by the weights of the norms",
     )
 
 
