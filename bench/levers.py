@@ -1,26 +1,31 @@
 """What could make a preset better: KL divergence with one thing changed at a time, without vLLM.
 
-    python bench/levers.py
+    python bench/levers.py [MODEL]    # default: the embedded model; bench/quality/second_model.py prints another one
 
-transformers runs the default model in float32 over 1024 tokens of documentation in steps of 32; keys and values of
-earlier steps come out of tq_vllm.core, keys centred as the plugin does it. Rows "by the text" are bounds: no cache
-knows its text beforehand.
+transformers runs the model in float32 over 512 tokens of documentation in steps of 32; keys and values of earlier steps
+come out of tq_vllm.core, keys centred as the plugin does it. Rows "by the text" are bounds: no cache knows its text
+beforehand.
 """
 
 import dataclasses
 import pydoc_data.topics
+import sys
+from types import SimpleNamespace
 
 import torch
-from key_mean_choices import keys_before_rope, offsets, without_first_segment
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tq_vllm.cli.demo_model import demo_model
 from tq_vllm.config import TurboQuantConfig, get_config
 from tq_vllm.core.cache import kv_roundtrip, offset_at
-from tq_vllm.core.splitmix import splitmix64
+from tq_vllm.format import SEGMENT_TOKENS
+from tq_vllm.plugin.key_mean import PASS_TOKENS, pass_token_ids
 
-STEP, TOKENS = 32, 1024
+STEP, TOKENS = 32, 512
 
 
 class Layer(DynamicLayer):
@@ -70,25 +75,61 @@ class Layer(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
-def queries_and_keys(network, ids: torch.Tensor, before_rope: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """[num_layers, num_tokens, num_heads, head_dim] and [..., num_kv_heads, head_dim] f32 of ids [num_tokens]."""
-    projected = [[], []]
-    handles = [
-        layer.self_attn.get_submodule(name).register_forward_hook(lambda m, a, output, to=to: to.append(output[0]))
-        for layer in network.model.layers
-        for name, to in zip(("q_proj", "k_proj"), projected, strict=True)
-    ]
-    network(ids[None])
-    for handle in handles:
-        handle.remove()
-    q, k = (torch.stack(x).unflatten(-1, (-1, network.config.head_dim)).float() for x in projected)
-    if before_rope:
-        return q, k
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+class Model:
+    """A model in float32 whose queries and keys can be looked at."""
 
-    cos, sin = network.model.rotary_emb(q, torch.arange(ids.shape[0])[None])
-    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
+    def __init__(self, path: str):
+        self.network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.config, self.seen = self.network.config, {}
+        AttentionInterface.register("noted", self._attend)
+        AttentionMaskInterface.register("noted", sdpa_mask)
+        self.network.set_attn_implementation("noted")
+
+    def _attend(self, module, query, key, value, mask, **kwargs):
+        self.seen[module.layer_idx] = [x[0].transpose(0, 1) for x in (query, key)]
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    def queries_and_keys(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """After RoPE, [num_layers, num_tokens, num_heads, head_dim] and [..., num_kv_heads, head_dim] f32."""
+        self.network(ids[None])
+        return tuple(torch.stack(x) for x in zip(*(self.seen[i] for i in sorted(self.seen)), strict=True))
+
+    def rotate(self, layer: int, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
+        """RoPE of x [num_tokens, num_heads, head_dim] at positions 0, 1, ...; with sign -1 back to position 0."""
+        kinds = getattr(self.config, "layer_types", None) if "gemma" in self.config.model_type else None
+        more = (kinds[layer],) if kinds else ()
+        cos, sin = self.network.model.rotary_emb(x, torch.arange(x.shape[0])[None], *more)
+        return apply_rotary_pos_emb(x[None], x[None], cos, sign * sin, 2)[0][0]
+
+    def offsets(self, keys: torch.Tensor) -> torch.Tensor:
+        """[num_layers, num_segments, num_kv_heads, head_dim]: as the plugin makes them of a pass's keys."""
+        found = []
+        for layer, key in enumerate(keys):
+            mean = self.rotate(layer, key, -1)[1:].mean(0, keepdim=True)
+            segments = self.rotate(layer, mean.expand(TOKENS, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
+            segments[0] = 0
+            found.append(segments)
+        return torch.stack(found)
+
+    def scales_by_norms(self) -> torch.Tensor | None:
+        """Diagonal bases, as the plugin makes them of the weights of the norms."""
+        from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # what the plugin looks for
+
+        from tq_vllm.plugin import key_scale
+
+        head_dim, found = self.config.head_dim, []
+        kind = GemmaRMSNorm if "gemma" in self.config.model_type else RMSNorm
+        for layer in self.network.model.layers:
+            parent = SimpleNamespace(rotary_emb=SimpleNamespace(rotary_dim=head_dim, is_neox_style=True))
+            for name in ("q_norm", "k_norm"):
+                norm = getattr(layer.self_attn, name, None)
+                if norm is None:
+                    return None
+                setattr(parent, name, kind.__new__(kind))
+                torch.nn.Module.__init__(getattr(parent, name))
+                getattr(parent, name).weight = norm.weight
+            found.append(torch.diag(key_scale.compute(parent, head_dim))[None])
+        return torch.stack(found)
 
 
 def channel_scales(q: torch.Tensor, k: torch.Tensor, pairs: bool) -> torch.Tensor:
@@ -123,40 +164,43 @@ def _square_root(matrix: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def main() -> None:
-    """Print a row a lever: mean KL, that of the first half, and the 99th percentile, nats."""
-    path = str(demo_model())
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    config = network.config
-    text = torch.tensor(AutoTokenizer.from_pretrained(path)(pydoc_data.topics.topics["debugger"])["input_ids"][:TOKENS])
-    ids = (splitmix64(0x6B65796D, 64) & (2**63 - 1)) % config.vocab_size
-    offset = without_first_segment(offsets(network, keys_before_rope(network, ids)))
-    q, k = (x[:, 1:] for x in queries_and_keys(network, ids, before_rope=True))
-    by_pass = channel_scales(q, k - k.mean(1, keepdim=True), pairs=True)
-    q, k = queries_and_keys(network, text, before_rope=False)
+    """Print a row a lever: mean KL and its 99th percentile, nats."""
+    path = sys.argv[1] if len(sys.argv) > 1 else str(demo_model())
+    model, tokenizer = Model(path), AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(pydoc_data.topics.topics["debugger"], add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if "gemma" in model.config.model_type else []
+    text = torch.tensor((start + ids)[:TOKENS])
+    _, k = model.queries_and_keys(pass_token_ids(model.config.vocab_size, PASS_TOKENS))
+    offset = model.offsets(k)
+    q, k = model.queries_and_keys(text)
     k = k - torch.stack([offset_at(x, torch.arange(TOKENS)) for x in offset])
-    none = [None] * config.num_hidden_layers
+    none = [None] * len(offset)
+    by_norms = model.scales_by_norms()
+    basis = none if by_norms is None else by_norms
     preset = get_config("turboquant")
     rows = {
-        "turboquant (K4V4)": (preset, offset, none, {}),
-        "keys not centred": (preset, none, none, {}),
-        "K5V3, the same bytes": (dataclasses.replace(preset, key_bits=5, value_bits=3), offset, none, {}),
-        "K5V4": (dataclasses.replace(preset, key_bits=5), offset, none, {}),
-        "key channels scaled by the pass": (preset, offset, by_pass, {}),
+        "turboquant (K4V4)": (preset, offset, basis, {}),
+        "keys not centred": (preset, none, basis, {}),
+        "key channels not scaled": (preset, offset, none, {}),
         "key channels scaled by the text": (preset, offset, channel_scales(q, k, pairs=False), {}),
         "key matrices by the text": (preset, offset, matrices(q, k), {}),
-        "first token raw": (preset, offset, none, {"first": 1}),
-        "first 4 tokens raw": (preset, offset, none, {"first": 4}),
-        "first 64 tokens raw": (preset, offset, none, {"first": 64}),
-        "newest 32 tokens raw": (preset, offset, none, {"recent": 32}),
-        "newest 128 tokens raw": (preset, offset, none, {"recent": 128}),
+        "K5V3, the same bytes": (dataclasses.replace(preset, key_bits=5, value_bits=3), offset, basis, {}),
+        "K5V4": (dataclasses.replace(preset, key_bits=5), offset, basis, {}),
+        "first token raw": (preset, offset, basis, {"first": 1}),
+        "first 4 tokens raw": (preset, offset, basis, {"first": 4}),
+        "first 64 tokens raw": (preset, offset, basis, {"first": 64}),
+        "newest 32 tokens raw": (preset, offset, basis, {"recent": 32}),
+        "newest 128 tokens raw": (preset, offset, basis, {"recent": 128}),
     }
-    reference = network(text[None]).logits[0].log_softmax(-1)
-    for name, (preset, offsets_, bases, raw) in rows.items():
-        layers = [Layer(preset, o, basis, **raw) for o, basis in zip(offsets_, bases, strict=True)]
+    reference = model.network(text[None]).logits[0].log_softmax(-1)
+    for name, (config, offsets, bases, raw) in rows.items():
+        if name == "key channels not scaled" and by_norms is None:
+            continue  # the first row
+        layers = [Layer(config, o, b, **raw) for o, b in zip(offsets, bases, strict=True)]
         cache = Cache(layers=layers)
-        steps = torch.cat([network(part, past_key_values=cache).logits[0] for part in text[None].split(STEP, 1)])
+        steps = torch.cat([model.network(part, past_key_values=cache).logits[0] for part in text[None].split(STEP, 1)])
         kl = (reference.exp() * (reference - steps.log_softmax(-1))).sum(-1)
-        print(f"{name:32s} {kl.mean():.5f}  {kl[: TOKENS // 2].mean():.5f}  {kl.quantile(0.99):.4f}", flush=True)
+        print(f"{name:32s} {kl.mean():.5f}  {kl.quantile(0.99):.4f}", flush=True)
 
 
 if __name__ == "__main__":
