@@ -2,7 +2,7 @@
 
 Every figure is the median of CUDA-graph replays over caches that are several times the L2, on random codes. A case is
 timed only after its output agreed with float64 attention on the same codes. Rivals are timed in the same run where
-their packages can be imported: FlashAttention 3 of vLLM on a bf16 and an fp8 cache.
+their packages can be imported: FlashAttention 3 of vLLM on a bf16 and an fp8 cache, and vLLM's turboquant_4bit_nc.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from tq_vllm.core.rotations import get_rotation
-from tq_vllm.ops import cuda_attention
+from tq_vllm.format import SEGMENT_TOKENS
+from tq_vllm.ops import cuda_attention, triton_ops
 from tq_vllm.ops.torch_pages import get_page, read_tokens
 
 BYTES_PER_REPLAY = 400 << 20  # of distinct cache read by one replay, at least
@@ -40,6 +41,8 @@ class Case:
     num_kv_heads: int = 8
     query_len: int = 1
     block_size: int = 64
+    key_offset: int = 0  # 1: keys are centred
+    kernel: str = "cuda"  # or "triton"
 
     @property
     def cache_bytes(self) -> int:
@@ -49,7 +52,10 @@ class Case:
     @property
     def name(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"
-        return f"{self.preset:16} d{self.head_dim:<3} {heads:5} q{self.query_len} {self.batch}x{self.context}"
+        options = "" if self.kernel == "cuda" else f" {self.kernel}"
+        options += " offset" if self.key_offset else ""
+        options += "" if self.block_size == 64 else f" page{self.block_size}"
+        return f"{self.preset:16} d{self.head_dim:<3} {heads:5} q{self.query_len} {self.batch}x{self.context}{options}"
 
 
 HEADLINE = [(32, 8192), (8, 32768), (64, 4096), (1, 131072), (1, 32768), (256, 1024), (1, 2048), (8, 1024)]
@@ -61,7 +67,9 @@ def default_cases() -> list[Case]:
     cases += [Case(32, 8192, preset=f"turboquant:{widths}") for widths in WIDTHS]
     cases += [Case(32, 8192, num_heads=64), Case(32, 8192, num_heads=8), Case(32, 8192, block_size=16)]
     cases += [Case(32, 8192, head_dim=64), Case(32, 8192, head_dim=256, num_heads=16, num_kv_heads=4)]
-    return cases + [Case(8, 32768, query_len=n) for n in (2, 4)]
+    cases += [Case(32, 8192, key_offset=1), Case(1, 2048, key_offset=1)]
+    cases += [Case(32, 8192, kernel="triton"), Case(8, 32768, kernel="triton")]
+    return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 8, 16)]
 
 
 def median_us(launch, count: int, replays: int = 15) -> float:
@@ -120,12 +128,17 @@ class Decode:
         self.query = torch.randn(num_tokens, case.num_heads, case.head_dim, device="cuda").bfloat16()
         self.out = torch.empty_like(self.query)
         self.softmax_scale = case.head_dim**-0.5
+        self.attention = {"cuda": cuda_attention.attention, "triton": triton_ops.attention}[case.kernel]
+        self.key_offset = None
+        if case.key_offset:
+            shape = (math.ceil(case.context / SEGMENT_TOKENS), case.num_kv_heads, case.head_dim)
+            self.key_offset = torch.randn(shape, device="cuda").bfloat16()
 
     def launch(self, i: int) -> None:
         case = self.case
-        cuda_attention.attention(
-            self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc, None,
-            None, self.out, None, self.softmax_scale, case.query_len, case.context,
+        self.attention(
+            self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc,
+            self.key_offset, None, self.out, None, self.softmax_scale, case.query_len, case.context,
             case.batch * case.context, 0, 0.0, case.preset,
         )  # fmt: skip
 
@@ -138,6 +151,9 @@ class Decode:
         key, value = (x[0, :, : case.context] for x in (key, value))  # [num_kv_heads, context, head_dim]
         key = key.double() * key_scale[0, :, : case.context, None].double()
         value = value.double() * value_scale[0, :, : case.context, None].double()
+        if case.key_offset:
+            offset = rotation.forward(self.key_offset.double()).repeat_interleave(SEGMENT_TOKENS, 0)[: case.context]
+            key += offset.transpose(0, 1)
         first = request * case.query_len
         query = rotation.forward(self.query[first : first + case.query_len].double())
         query = query.unflatten(1, (case.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, query_len, d]
@@ -200,6 +216,36 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
     return median_us(launch, replicas)
 
 
+def turboquant_4bit_nc_us(case: Case) -> float:
+    """Time of vLLM's own turboquant_4bit_nc on as many tokens of finite random codes."""
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+
+    config = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", case.head_dim)
+    slot_bytes = config.slot_size_aligned
+    replicas = max(1, math.ceil(BYTES_PER_REPLAY / (case.batch * case.context * case.num_kv_heads * slot_bytes)))
+    block_size = 16
+    shape = (case.batch * math.ceil(case.context / block_size) * replicas, block_size, case.num_kv_heads, slot_bytes)
+    kv_cache = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 0x3C)  # as float16: 0 to 1
+    tables = torch.randperm(shape[0], device="cuda").to(torch.int32).view(replicas, case.batch, -1)
+    seq_lens = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+    query = torch.randn(case.batch, case.num_heads, case.head_dim, device="cuda").bfloat16()
+    rotation = torch.linalg.qr(torch.randn(case.head_dim, case.head_dim, device="cuda"))[0].contiguous()
+    transposed = rotation.T.contiguous()
+    centroids = torch.randn(config.n_centroids, device="cuda").sort().values
+
+    def launch(i: int) -> torch.Tensor:
+        return triton_turboquant_decode_attention(
+            query, kv_cache, tables[i], seq_lens, rotation, centroids, case.head_dim**-0.5, config.key_mse_bits,
+            config.key_packed_size, config.effective_value_quant_bits, key_fp8=config.key_fp8,
+            norm_correction=config.norm_correction, PiT=transposed,
+        )  # fmt: skip
+
+    if not torch.isfinite(launch(0)).all():
+        raise WrongResultError(f"turboquant_4bit_nc at {case.name}: numbers that are not finite")
+    return median_us(launch, replicas)
+
+
 def measure(case: Case, copy: float, rivals: bool) -> dict:
     """One row: microseconds, bytes per second and their share of the copy bandwidth, ratios to rivals."""
     decode = Decode(case)
@@ -214,6 +260,10 @@ def measure(case: Case, copy: float, rivals: bool) -> dict:
             row[f"{name}_us"] = flash_attention_us(case, fp8)
             row[f"{name}_ratio"] = row[f"{name}_us"] / row["us"]
             torch.cuda.empty_cache()
+        if case == Case(case.batch, case.context) and case.context > 2048:
+            row["tq4_us"] = turboquant_4bit_nc_us(case)
+            row["tq4_ratio"] = row["tq4_us"] / row["us"]
+            torch.cuda.empty_cache()
     return row
 
 
@@ -222,7 +272,7 @@ def parse(text: str) -> Case:
     size, *fields = text.split(",")
     batch, context = map(int, size.split("x"))
     values = dict(field.split("=") for field in fields)
-    return Case(batch, context, **{k: v if k == "preset" else int(v) for k, v in values.items()})
+    return Case(batch, context, **{k: v if k in ("preset", "kernel") else int(v) for k, v in values.items()})
 
 
 def main() -> None:

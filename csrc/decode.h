@@ -15,8 +15,7 @@ struct DecodeParams {
   const void* sinks;           // [num_heads] sinks_dtype; or null
   void* out;                   // [num_tokens, num_heads, head_dim] dtype
   float* lse;                  // [num_heads, num_tokens]; or null
-  float* workspace;            // decode_workspace_floats()
-  unsigned* counters;          // [num CTAs, 16], zero before the first call; every call leaves them zero
+  float* workspace;            // DecodeLaunch::workspace_bytes
   int64_t query_stride_token, query_stride_head;  // in elements
   int64_t out_stride_token, out_stride_head;      // in elements
   int64_t lse_stride_head;                        // in elements
@@ -27,13 +26,14 @@ struct DecodeParams {
   uint32_t block_magic;        // tile / tiles_per_block = tile * block_magic >> 32; 0 where tiles_per_block is 1
   float softmax_scale, logits_soft_cap;
   DType dtype, offset_dtype, sinks_dtype;
-  int vector_rows;             // 1: rows of query and out start at multiples of 16 bytes
+  int vector_rows, vector_offsets;  // 1: rows of query and out, of key_offset, start at multiples of 16 bytes
 };
 
 // An instantiation and its grid.
 struct DecodeLaunch {
   int key_bits, value_bits, head_dim;
   int rows;             // query rows a unit of work has: 4 or, up to head size 128, 8
+  int max_query_len;    // of a request
   int num_ctas;         // one a multiprocessor
   int shared_bytes;     // what a CTA may have
   int workspace_bytes;  // out: needed for partial results

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "decode.cuh"
+#include "merge.cuh"
 
 #define TQ_JOIN(a, b) a##b
 #define TQ_NAME(d) TQ_JOIN(launch_decode_, d)
@@ -10,16 +11,21 @@
 namespace tq {
 
 template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-  launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * launch.num_ctas * (S::MAX_WARPS + 2);
+  launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * 2 * launch.num_ctas * S::MAX_WARPS;
   if (!params) return cudaSuccess;
   const auto kernel = decode_kernel<S>;
-  const int warp_bytes = S::warp_bytes(*params) + 2 * static_cast<int>(sizeof(Piece));
-  const int warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes);
+  const int warp_bytes = S::warp_bytes(*params), warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes);
   if (warps < 1) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<launch.num_ctas, 32 * warps, warps * warp_bytes, stream>>>(*params, S::warp_bytes(*params));
-  return cudaGetLastError();
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes))
+    return error;
+  if (const cudaError_t error =
+          launch_early(kernel, launch.num_ctas, 32 * warps, warps * warp_bytes, stream, *params, warp_bytes))
+    return error;
+  const auto merge = [&](bool narrow, int ctas, int warps, auto... arguments) {
+    return launch_early(narrow ? merge_kernel<S, true> : merge_kernel<S, false>, ctas, 32 * warps, merge_shared_bytes<S>(warps),
+                        stream, *params, arguments...);
+  };
+  return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * warps, merge);
 }
 
 // Eight rows of 256 do not fit the registers: they are two units.

@@ -30,6 +30,19 @@ __device__ __forceinline__ void mma_s8_first(int (&d)[4], uint32_t a0, uint32_t 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(MAGIC_BITS));
 }
 
+// d += A B, m16n8k16, of bfloat16 or float16.
+__device__ __forceinline__ void mma_16bit(float (&d)[4], bool bfloat16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                          uint32_t b0, uint32_t b1) {
+  if (bfloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -42,7 +55,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Loads of what other threads wrote, in shared or global memory, past the L1: it may hold a line from before.
+// Loads past the L1, which may hold a line from before another kernel wrote it.
 __device__ __forceinline__ float load_fresh(const float* at) {
   float x;
   asm volatile("ld.relaxed.gpu.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
@@ -52,14 +65,6 @@ __device__ __forceinline__ float4 load_fresh_4(const float* at) {
   float4 x;
   asm volatile("ld.relaxed.gpu.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
   return x;
-}
-
-// Count up to `last` and back to zero. What this lane saw written, its warp's writes before a __syncwarp() included, is seen
-// by whoever counts after it.
-__device__ __forceinline__ unsigned count_arrival(unsigned* counter, unsigned last) {
-  unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
-  return before;
 }
 
 // Copies tile records into a ring of stages: the bulk copy engine and one mbarrier a stage from sm_90 on, cp.async below.

@@ -109,9 +109,8 @@ template <class S> struct RowBlock {
     all_end = first_position + 1;
   }
 
-  // Rotate and quantize the query and start the softmax. bytes: [ROWS][high, low][D] of this warp; raw: [ROWS][D] of this
-  // warp for the query as it is, if there is a key offset.
-  __device__ __forceinline__ void prepare(const DecodeParams& p, const QueryBits& bits, uint8_t* bytes, float* raw, int lane) {
+  // Rotate and quantize the query and start the softmax. bytes: [ROWS][high, low][D] of this warp.
+  __device__ __forceinline__ void prepare(const DecodeParams& p, const QueryBits& bits, uint8_t* bytes, int lane) {
     const int q = lane & 3, g = lane >> 2;
     __syncwarp();
 #pragma unroll
@@ -120,10 +119,6 @@ template <class S> struct RowBlock {
       const int row = 4 * t + q;
 #pragma unroll
       for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits.x[t][n >> 3], n & 7, p.dtype);
-      if (p.key_offset) {
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) raw[row * D + 64 * (n >> 3) + 8 * g + (n & 7)] = x[n >> 3][n >> 2 & 1][n & 3];
-      }
       flip_signs(x, lane);
       butterflies(x, lane);
       float maximum = 0;
@@ -365,20 +360,19 @@ template <class S> struct RowBlock {
     }
   }
 
-  // After `reduce`: leave reference [ROWS], sum [ROWS] and output [ROWS, D].
+  // After `reduce`: leave rows of output [D], reference, sum.
   __device__ __forceinline__ void write(float* partial, int lane) const {
     const int q = lane & 3, g = lane >> 2;
 #pragma unroll
     for (int t = 0; t < RT; t++) {
-      const int row = 4 * t + q;
-      if (g == 0) partial[row] = reference[t], partial[S::ROWS + row] = sum[t];
+      float* row = partial + (4 * t + q) * S::PARTIAL_ROW;
+      if (g == 0) *reinterpret_cast<float2*>(row + D) = make_float2(reference[t], sum[t]);
 #pragma unroll
       for (int i = 0; i < D / 64; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const float* x = output[t][i][h];
-          *reinterpret_cast<float4*>(partial + 2 * S::ROWS + row * D + 64 * i + 8 * g + 4 * h) =
-              make_float4(x[0], x[1], x[2], x[3]);
+          *reinterpret_cast<float4*>(row + 64 * i + 8 * g + 4 * h) = make_float4(x[0], x[1], x[2], x[3]);
         }
     }
   }
@@ -418,30 +412,5 @@ template <class S> struct RowBlock {
     return rsqrtf(float(D)) / total;
   }
 };
-
-// q . key_offset of the segment that holds `position`, for the rows of this lane, in units of the scores.
-template <class S>
-__device__ __forceinline__ void offset_scores(const DecodeParams& p, int head, int position, const float* raw,
-                                              float (&offset)[S::ROW_TILES], int lane) {
-  using R = Row<S::D>;
-  const int segment = min(position / SEGMENT_TOKENS, p.num_segments - 1);
-  const int64_t base = segment * p.offset_stride_segment + head * p.offset_stride_head;
-  float part[S::ROWS] = {};
-#pragma unroll
-  for (int j = 0; j < R::PER_LANE; j++) {
-    const float x = load_float(p.key_offset, base + R::element(lane, j), p.offset_dtype);
-#pragma unroll
-    for (int r = 0; r < S::ROWS; r++) part[r] = fmaf(x, raw[r * S::D + R::element(lane, j)], part[r]);
-  }
-  const bool bit0 = lane & 1, bit1 = lane & 2;
-#pragma unroll
-  for (int t = 0; t < S::ROW_TILES; t++) {
-    const float* x = part + 4 * t;
-    const float a = (bit0 ? x[1] : x[0]) + __shfl_xor_sync(~0u, bit0 ? x[0] : x[1], 1);
-    const float b = (bit0 ? x[3] : x[2]) + __shfl_xor_sync(~0u, bit0 ? x[2] : x[3], 1);
-    const float c = (bit1 ? b : a) + __shfl_xor_sync(~0u, bit1 ? a : b, 2);
-    offset[t] = sum_over_tokens(c) * p.softmax_scale * LOG2_E;
-  }
-}
 
 }  // namespace tq

@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 
 #include "codebook.cuh"
+#include "early_start.cuh"
 #include "layout.cuh"
 #include "rotation.cuh"
 #include "store_kv.h"
@@ -342,6 +343,8 @@ __global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_
   const int lane = threadIdx.x % 32, q = lane % Shape::LANES;
   const uint32_t table_base = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane - FLOOR_BIAS_ADDRESS;
   const uint32_t signs = lane_signs<Shape>(q);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();  // attention to what is written here waits in its turn, with its launch behind it
 
   const int num_items = (params.num_slots + Shape::VECTORS - 1) / Shape::VECTORS * params.num_kv_heads;
   const int warps = gridDim.x * (STORE_THREADS / 32);

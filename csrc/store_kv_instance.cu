@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "early_start.cuh"
 #include "store_kv.cuh"
 
 #define TQ_JOIN(a, b) a##b
@@ -28,8 +29,7 @@ int TQ_NAME(TQ_HEAD_DIM)(const StoreParams& params, int multiprocessors, int sha
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(ctas, 2), STORE_THREADS, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch_early(kernel, dim3(ctas, 2), STORE_THREADS, shared_bytes, stream, params);
 }
 
 }  // namespace tq

@@ -53,6 +53,12 @@ struct Shares {
   __device__ __forceinline__ int owner(int group) const { return scale(group + 1, num_shares, 1, total); }
 };
 
+// Place in the workspace of what `share`, which begins at `begin`, has of a unit: at most two shares' units go on elsewhere, the
+// one that it begins in and the one that it ends in.
+__device__ __forceinline__ int64_t partial_index(int share, int begin, int unit_begin) {
+  return 2 * int64_t(share) + (unit_begin <= begin ? 0 : 1);
+}
+
 // This lane's request of 32 from `base`, and its work.
 template <class S> __device__ __forceinline__ int work_of(const DecodeParams& p, int base, Request& request, int lane) {
   if (base + lane >= p.num_reqs) return 0;

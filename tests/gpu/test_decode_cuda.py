@@ -22,9 +22,11 @@ def _built():
         pytest.skip(missing)
 
 
-def check(tolerance=2e-4, dtype=torch.float32, **batch):
+def check(tolerance=2e-4, dtype=torch.float32, offset_dtype=None, **batch):
     """Run a batch on the GPU and compare; garbage in unused slots, padding rows and strides come with Batch."""
-    b = Batch(fresh=False, padding=2, **batch).fill()
+    b = Batch(fresh=False, padding=2, **batch)
+    b.key_offset = None if b.key_offset is None else b.key_offset.to(dtype).float()
+    b.fill()
     used = sum(b.query_lens)
     query = b.query.to("cuda", dtype)
     b.query = query.cpu().float()
@@ -33,12 +35,12 @@ def check(tolerance=2e-4, dtype=torch.float32, **batch):
     out = torch.full_like(query, 7.0)
     lse = torch.full((b.num_heads, len(query)), 9.0, device="cuda")
     move = lambda x: None if x is None else x.cuda()  # noqa: E731
-    for _ in range(2):  # counters must come back to zero
-        cuda_attention.attention(
-            query, None, None, kv_cache, b.block_table.cuda(), torch.tensor(b.seq_lens, dtype=torch.int32).cuda(),
-            b.query_start_loc.cuda(), move(b.key_offset), move(b.sinks), out, lse, b.softmax_scale, max(b.query_lens),
-            max(b.seq_lens), sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
-        )  # fmt: skip
+    offset = None if b.key_offset is None else b.key_offset.to("cuda", offset_dtype or dtype)
+    cuda_attention.attention(
+        query, None, None, kv_cache, b.block_table.cuda(), torch.tensor(b.seq_lens, dtype=torch.int32).cuda(),
+        b.query_start_loc.cuda(), offset, move(b.sinks), out, lse, b.softmax_scale, max(b.query_lens),
+        max(b.seq_lens), sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
+    )  # fmt: skip
     expected_out, expected_lse = b.expected()
     rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     got, want = out[:used].cpu().double(), expected_out[:used]
@@ -87,6 +89,16 @@ def test_options(head_dim, group, query_len):
     for chosen in ({name: value} for name, value in options.items()):
         check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **chosen)
     check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **options)
+
+
+@pytest.mark.parametrize(
+    "dtype, offset_dtype", [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (256, 2, 3)))
+def test_key_offset(dtype, offset_dtype, head_dim, group, query_len):
+    """More than 16 segments, which are scored at a time, and positions beyond the last one."""
+    check(dtype=dtype, offset_dtype=offset_dtype, head_dim=head_dim, group=group, num_kv_heads=2,
+          seq_lens=(1300, 5000, 70), query_lens=(query_len,) * 3, with_offset=True)  # fmt: skip
 
 
 def test_empty_and_many_requests():

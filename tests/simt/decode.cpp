@@ -1,13 +1,20 @@
 // The decode kernel on a CPU: the sources of csrc with tests/simt/instructions.cuh and empty CUDA headers.
 #include "decode.cuh"
+#include "merge.cuh"
 
 namespace tq {
 alignas(128) uint8_t shared[1 << 20];
 }
 
-template <class S> void run(const tq::DecodeParams& params, int ctas, int num_warps) {
+template <class S> void run(const tq::DecodeParams& params, const tq::DecodeLaunch& launch, int num_warps) {
   std::memset(tq::shared, 0xff, sizeof tq::shared);
-  simt::launch(ctas, num_warps, [&] { tq::decode_kernel<S>(params, S::warp_bytes(params)); });
+  simt::launch(launch.num_ctas, num_warps, [&] { tq::decode_kernel<S>(params, S::warp_bytes(params)); });
+  const auto merge = [&](bool narrow, int ctas, int warps, auto... arguments) {
+    const auto kernel = narrow ? tq::merge_kernel<S, true> : tq::merge_kernel<S, false>;
+    simt::launch(ctas, warps, [=] { kernel(params, arguments...); });
+    return 0;
+  };
+  tq::launch_merge<S>(params, launch.max_query_len, launch.num_ctas * num_warps, merge);
 }
 
 extern "C" int simt_params_bytes() { return sizeof(tq::DecodeParams); }
@@ -16,7 +23,7 @@ extern "C" int simt_params_bytes() { return sizeof(tq::DecodeParams); }
 extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLaunch* launch, int num_warps) {
 #define TQ_TRY(K, V, D, R)                                                                                                \
   if (launch->key_bits == K && launch->value_bits == V && launch->head_dim == D && launch->rows == R) {                   \
-    run<tq::Shape<K, V, D, R>>(*params, launch->num_ctas, num_warps);                                                     \
+    run<tq::Shape<K, V, D, R>>(*params, *launch, num_warps);                                                               \
     return 0;                                                                                                             \
   }
 #define TQ_WIDTHS(D, R) \

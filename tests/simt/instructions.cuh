@@ -43,6 +43,24 @@ inline void mma_s8_first(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   mma_s8(d, a0, a1, a2, a3, b0, b1);
 }
 
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
+inline void mma_16bit(float (&d)[4], bool bfloat16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                      uint32_t b1) {
+  const int g = simt::current->lane >> 2, q = simt::current->lane & 3;
+  simt::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto at) {
+    auto number = [&](uint32_t pair, int k) {
+      const uint16_t bits = pair >> 16 * (k % 2);
+      return bfloat16 ? __uint_as_float(uint32_t(bits) << 16) : float(simt_bits<_Float16>(bits));
+    };
+    for (int i = 0; i < 4; i++) {
+      const int row = g + i / 2 * 8, column = 2 * q + i % 2;
+      for (int k = 0; k < 16; k++)
+        d[i] += number(at(row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8], k) * number(at(column * 4 + k % 8 / 2).b[k / 8], k);
+    }
+    return 0;
+  });
+}
+
 // PTX ISA, movmatrix .trans: lane (g, q) has elements (g, 2q) and (g, 2q + 1).
 inline uint32_t transpose_8x8(uint32_t x) {
   const int g = simt::current->lane >> 2, q = simt::current->lane & 3;
@@ -56,11 +74,8 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float load_fresh(const float* at) { return *at; }
 inline float4 load_fresh_4(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 
-inline unsigned count_arrival(unsigned* counter, unsigned last) {
-  const unsigned before = *counter;
-  *counter = before >= last ? 0 : before + 1;
-  return before;
-}
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_start() {}
 
 struct Copier {
   static void init(uint64_t*) {}

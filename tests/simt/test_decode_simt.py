@@ -30,7 +30,7 @@ def simulator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simt")
     for source in (*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.c*")):
         shutil.copy(source, folder)
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "early_start.cuh"):
         (folder / header).write_text('#include "simt.h"\n')
     flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-I.", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, "decode.cpp", "-o", "decode.so"], check=True, cwd=folder)
@@ -50,7 +50,7 @@ def on_cpu(simulator, monkeypatch):
         def tq_attention(self, params, launch, stream):
             launch = launch._obj
             launch.num_ctas = self.num_ctas
-            launch.workspace_bytes = 4 * launch.rows * (launch.head_dim + 2) * self.num_ctas * (self.num_warps + 2)
+            launch.workspace_bytes = 4 * launch.rows * (launch.head_dim + 4) * 2 * self.num_ctas * self.num_warps
             return 0 if params is None else simulator.simt_attention(params, ctypes.byref(launch), self.num_warps)
 
     library = Library()
@@ -61,18 +61,25 @@ def on_cpu(simulator, monkeypatch):
     return library
 
 
-def check(dtype=torch.float32, **batch):
-    b = Batch(fresh=False, padding=2, **batch).fill()
+def strided(x, aligned):
+    """The same rows, a multiple of 16 bytes apart or not."""
+    return torch.cat([x, x[..., : 8 if aligned else 1]], dim=-1)[..., : x.shape[-1]]
+
+
+def check(dtype=torch.float32, offset_dtype=None, aligned=True, **batch):
+    b = Batch(fresh=False, padding=2, **batch)
+    key_offset = None if b.key_offset is None else strided(b.key_offset.to(offset_dtype or dtype), aligned)
+    b.key_offset = None if key_offset is None else key_offset.float()
+    b.fill()
     used = sum(b.query_lens)
     query = b.query.to(dtype)
     b.query = query.float()
     out, lse = torch.full_like(query, 7.0), torch.full((b.num_heads, len(query)), 9.0)
-    for _ in range(2):  # counters must come back to zero
-        cuda_attention.attention(
-            query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens, dtype=torch.int32),
-            b.query_start_loc, b.key_offset, b.sinks, out, lse, b.softmax_scale, max(b.query_lens), max(b.seq_lens),
-            sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
-        )  # fmt: skip
+    cuda_attention.attention(
+        query, None, None, b.kv_cache, b.block_table, torch.tensor(b.seq_lens, dtype=torch.int32),
+        b.query_start_loc, key_offset, b.sinks, out, lse, b.softmax_scale, max(b.query_lens), max(b.seq_lens),
+        sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset,
+    )  # fmt: skip
     expected_out, expected_lse = b.expected()
     rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(out[:used].double(), expected_out[:used], rtol=2e-3 + rounding, atol=1e-3 + rounding)
@@ -90,6 +97,13 @@ def test_presets(preset, head_dim, group):
 def test_splits(on_cpu, ctas, warps):
     on_cpu.num_ctas, on_cpu.num_warps = ctas, warps
     check(head_dim=128, group=4, seq_lens=(1000, 3, 300), query_lens=(1, 1, 1))
+
+
+@pytest.mark.parametrize("head_dim, query_len", [(128, 1), (64, 2)])
+def test_many_parts(on_cpu, head_dim, query_len):
+    """Several warps merge a row: of 60 shares, some of them empty."""
+    on_cpu.num_ctas, on_cpu.num_warps = 60, 1
+    check(head_dim=head_dim, group=4, num_kv_heads=1, seq_lens=(2900,), query_lens=(query_len,))
 
 
 @pytest.mark.parametrize("order", ["1", "2"])
@@ -124,6 +138,18 @@ def test_options(head_dim, group, query_len):
     options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
     for chosen in (*({name: value} for name, value in options.items()), options):
         check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **chosen)
+
+
+@pytest.mark.parametrize(
+    "dtype, offset_dtype", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize(
+    "head_dim, group, query_len, aligned", [(128, 4, 1, True), (64, 8, 1, True), (256, 2, 3, False)]
+)
+def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):
+    """More than 16 segments, which are scored at a time, and positions beyond the last one."""
+    check(dtype=dtype, offset_dtype=offset_dtype, aligned=aligned, head_dim=head_dim, group=group, num_kv_heads=1,
+          seq_lens=(1090,), query_lens=(query_len,), with_offset=True)  # fmt: skip
 
 
 def test_empty_and_many_requests():

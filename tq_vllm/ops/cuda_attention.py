@@ -1,7 +1,6 @@
 """Attention to codes by the compiled kernel (csrc/decode.cuh): decode, and short queries such as speculative verify."""
 
 import ctypes
-from typing import NamedTuple
 
 import torch
 
@@ -33,7 +32,7 @@ class _Params(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "kv_cache", "block_table", "seq_lens", "query_start_loc", "key_offset", "sinks", "out", "lse",
-            "workspace", "counters",
+            "workspace",
         )),
         *((name, ctypes.c_int64) for name in (
             "query_stride_token", "query_stride_head", "out_stride_token", "out_stride_head", "lse_stride_head",
@@ -46,7 +45,7 @@ class _Params(ctypes.Structure):
         ("block_magic", ctypes.c_uint32),
         ("softmax_scale", ctypes.c_float),
         ("logits_soft_cap", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype", "vector_rows")),
+        *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype", "vector_rows", "vector_offsets")),
     ]  # fmt: skip
 
 
@@ -55,13 +54,17 @@ class _Launch(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("key_bits", "value_bits", "head_dim", "rows", "num_ctas", "shared_bytes", "workspace_bytes")
+        for name in (
+            "key_bits",
+            "value_bits",
+            "head_dim",
+            "rows",
+            "max_query_len",
+            "num_ctas",
+            "shared_bytes",
+            "workspace_bytes",
+        )
     ]
-
-
-class _Workspace(NamedTuple):
-    partials: torch.Tensor  # uint8 [workspace_bytes]
-    counters: torch.Tensor  # int32 [num_ctas, 16], zero between calls
 
 
 def _rows_of(head_dim: int, query_rows: int) -> int:
@@ -69,16 +72,19 @@ def _rows_of(head_dim: int, query_rows: int) -> int:
     return ROWS[0] if query_rows <= ROWS[0] or head_dim == 256 else ROWS[1]
 
 
-def _launch_of(preset: str, head_dim: int, rows: int) -> _Launch:
+def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
     config = get_config(preset)
-    return _Launch(key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows)
+    return _Launch(
+        key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows,
+        max_query_len=max_query_len,
+    )  # fmt: skip
 
 
-_workspaces: dict[tuple, dict[int, _Workspace]] = {}  # (preset, head_dim, rows, device) -> stream -> workspace
+_workspaces: dict[tuple, dict[int, torch.Tensor]] = {}  # (preset, head_dim, rows, device) -> stream -> workspace
 
 
-def _workspace(preset: str, head_dim: int, rows: int, device: torch.device, stream: int) -> _Workspace:
-    """Return what calls on one stream need for partial results; its size follows from the device, not the batch.
+def _workspace(preset: str, head_dim: int, rows: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Return uint8 [bytes]: what calls on one stream need for partial results; it depends on the device, not the batch.
 
     A graph under capture takes the workspace of the calls that warmed it up: it will be replayed in their place.
     """
@@ -87,12 +93,9 @@ def _workspace(preset: str, head_dim: int, rows: int, device: torch.device, stre
         return next(iter(of_stream.values()))
     if stream not in of_stream:
         assert library().tq_decode_params_bytes() == ctypes.sizeof(_Params), "libtq_cuda.so is of another version"
-        launch = _launch_of(preset, head_dim, rows)
+        launch = _launch_of(preset, head_dim, rows, 0)
         check(library().tq_attention(None, ctypes.byref(launch), ctypes.c_void_p(stream)), "attention")
-        of_stream[stream] = _Workspace(
-            torch.empty(launch.workspace_bytes, dtype=torch.uint8, device=device),
-            torch.zeros(launch.num_ctas, 16, dtype=torch.int32, device=device),
-        )
+        of_stream[stream] = torch.empty(launch.workspace_bytes, dtype=torch.uint8, device=device)
     return of_stream[stream]
 
 
@@ -101,7 +104,7 @@ def attention(
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
     logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
-    """Attend queries to the cache in one launch; arguments in schema.py, key and value None.
+    """Attend queries to the cache and merge partial results: two launches. Arguments in schema.py, key and value None.
 
     Safe in a CUDA graph: nothing waits for the device, and the grid and the buffers follow from the device alone.
     """
@@ -119,7 +122,7 @@ def attention(
         params = _Params(
             query=query.data_ptr(), kv_cache=kv_cache.data_ptr(), block_table=block_table.data_ptr(),
             seq_lens=seq_lens.data_ptr(), query_start_loc=query_start_loc.data_ptr(), out=out.data_ptr(),
-            workspace=workspace.partials.data_ptr(), counters=workspace.counters.data_ptr(),
+            workspace=workspace.data_ptr(),
             query_stride_token=query.stride(0), query_stride_head=query.stride(1),
             out_stride_token=out.stride(0), out_stride_head=out.stride(1),
             cache_stride_block=kv_cache.stride(0), cache_stride_head=kv_cache.stride(1),
@@ -130,6 +133,7 @@ def attention(
         )  # fmt: skip
         if key_offset is not None:
             params.key_offset, params.offset_dtype = key_offset.data_ptr(), DTYPES[key_offset.dtype]
+            params.vector_offsets = _has_aligned_rows(key_offset)
             params.num_segments, params.offset_stride_segment, params.offset_stride_head = (
                 key_offset.shape[0], key_offset.stride(0), key_offset.stride(1),
             )  # fmt: skip
@@ -137,7 +141,7 @@ def attention(
             params.sinks, params.sinks_dtype = sinks.data_ptr(), DTYPES[sinks.dtype]
         if lse is not None:
             params.lse, params.lse_stride_head = lse.data_ptr(), lse.stride(0)
-        launch = _launch_of(preset, head_dim, rows)
+        launch = _launch_of(preset, head_dim, rows, max_query_len)
         check(library().tq_attention(ctypes.byref(params), ctypes.byref(launch), stream), "attention")
 
 
