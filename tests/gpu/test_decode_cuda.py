@@ -72,7 +72,7 @@ def test_groups(group):
     check(head_dim=128, group=group, seq_lens=(1, 100, 700), query_lens=(1, 1, 1))
 
 
-@pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7)))
+@pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7), (16, 5, 16)))
 def test_several_query_tokens(query_lens):
     check(head_dim=128, group=4, seq_lens=(10, 100, 700), query_lens=query_lens)
 
@@ -96,7 +96,7 @@ def test_options(head_dim, group, query_len):
 )
 @pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (256, 2, 3)))
 def test_key_offset(dtype, offset_dtype, head_dim, group, query_len):
-    """More than 16 segments, which are scored at a time, and positions beyond the last one."""
+    """More than 32 segments, which are scored at a time, and positions beyond the last one."""
     check(dtype=dtype, offset_dtype=offset_dtype, head_dim=head_dim, group=group, num_kv_heads=2,
           seq_lens=(1300, 5000, 70), query_lens=(query_len,) * 3, with_offset=True)  # fmt: skip
 
