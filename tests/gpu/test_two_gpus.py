@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from parallel import CHUNKED, FAULT, OneWorker  # noqa: E402
+from parallel import CHUNKED, FAULT, OneWorker, make_requests  # noqa: E402
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -40,21 +40,30 @@ TWO_GPUS = {
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
+PRESET = "turboquant:k8v8"  # its noise floor is the lowest
 START_SECONDS = 180  # of a server
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return OneWorker(tmp_path_factory)
+    return OneWorker(PRESET, make_requests(), tmp_path_factory)
 
 
-def test_tensor_parallel(one):
+def _check_tensor_parallel(one: OneWorker) -> None:
     two = one.start(CHUNKED | GRAPHS | {"tensor_parallel_size": 2}, TWO_GPUS)
     assert two.workers == 2
     one.check(two.phases["read"])
     with pytest.raises(AssertionError, match="floor"):
         one.check(two.phases[FAULT])
+
+
+def test_tensor_parallel(one):
+    _check_tensor_parallel(one)
+
+
+def test_tensor_parallel_with_the_default_preset(tmp_path_factory):
+    _check_tensor_parallel(OneWorker("turboquant", make_requests(), tmp_path_factory))
 
 
 def test_pipeline_parallel(one):
@@ -71,10 +80,10 @@ def _server(model: str, log: Path):
         address = f"http://127.0.0.1:{s.getsockname()[1]}"
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "random",
-        "--kv-cache-dtype", "turboquant", "--data-parallel-size", "2", "--api-server-count", "1",
+        "--kv-cache-dtype", PRESET, "--data-parallel-size", "2", "--api-server-count", "1",
         "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--dtype", "bfloat16", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", "16", "--max-num-batched-tokens", "64",
-        "--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching",
+        "--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1",
     ]  # fmt: skip
     env = os.environ | TWO_GPUS | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
@@ -117,6 +126,6 @@ def test_data_parallel(one, tmp_path):
     for engine, count in re.findall(r'vllm:request_success_total{.*engine="(\d+)".*} ([\d.]+)', metrics):
         answered[engine] += float(count)
     assert set(+answered) == {"0", "1"} and answered.total() == len(one.requests), answered
-    assert "TurboQuant KV cache turboquant" in (tmp_path / "log").read_text()
+    assert f"TurboQuant KV cache {PRESET}" in (tmp_path / "log").read_text()
     outputs = {r.id: replace(one.outputs[r.id], prompt_logprobs=p) for r, p in zip(one.requests, found, strict=True)}
     one.check(outputs, kinds=("prompt_logprobs",))
