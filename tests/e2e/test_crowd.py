@@ -21,7 +21,7 @@ FEW_BLOCKS = {"max_num_batched_tokens": 512, "block_size": 16, "num_gpu_blocks_o
 # On a GPU once more, on both of vLLM's model runners, with and without torch.compile and CUDA graphs (decodes in full
 # ones): mixed batches, chunked prefill, prefix hits and preemption in one engine. The tests above have the second
 # runner without graphs.
-ALL_AT_ONCE = CHUNKED | {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 36}
+ALL_AT_ONCE = CHUNKED | {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 34}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 ON_GPU = {"first runner": {}, "first runner, CUDA graphs": GRAPHS, "second runner, CUDA graphs": GRAPHS}
 ENGINES_AT_ONCE = 4  # of a GPU: a core for each that compiles, and one for its helpers
@@ -49,7 +49,7 @@ class Runs:
             "samples": (CHUNKED | {"enable_prefix_caching": True}, [Phase("drawn", _arriving(_sampled(crowd)))]),
         }
         for variant in ON_GPU if CUDA else ():
-            self.jobs[variant] = (ALL_AT_ONCE | ON_GPU[variant], [*rereading, Phase("crowd", crowd), faults[-1]])
+            self.jobs[variant] = (ALL_AT_ONCE | ON_GPU[variant], [*rereading, Phase("crowd", preempted), faults[-1]])
         self.pool = ThreadPoolExecutor(ENGINES_AT_ONCE if CUDA else 1)
         self.results = {}
         for name in self.jobs if CUDA else ():
@@ -94,7 +94,7 @@ def _sampled(requests):
 
 
 def _preempted(text_ids):
-    """12 requests that do not fit into FEW_BLOCKS together."""
+    """12 requests that do not fit together into the blocks of FEW_BLOCKS, nor of ALL_AT_ONCE."""
     return [
         Request(f"p{i}", text_ids[150 * i : 150 * i + 70 + i], forced=text_ids[2000 + 40 * i : 2040 + 40 * i])
         for i in range(12)
@@ -150,9 +150,10 @@ def test_forced_preemption(runs):
 @pytest.mark.parametrize("variant", ON_GPU)
 def test_everything_on_both_runners_and_in_cuda_graphs(runs, variant):
     result = runs[variant]
-    assert result.preemptions >= 3 and any(o.cached_tokens for o in result.phases["warm"].values())
-    for phase in ("cold", "warm", "crowd"):
-        runs.check(result.phases[phase])
+    assert result.preemptions and any(o.cached_tokens for o in result.phases["warm"].values())
+    runs.check(result.phases["cold"])
+    runs.check(result.phases["warm"])
+    runs.check(result.phases["crowd"], runs["preemption"].phases["solo"])
     with pytest.raises(AssertionError, match="floor"):  # graphs read what the fault writes
         runs.check(result.phases["wrong block"])
 
