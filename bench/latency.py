@@ -1,8 +1,9 @@
-"""Time to first token and per output token of a cache dtype, all workloads in one engine: `python bench/latency.py`.
+"""Time to first token and per output token of cache dtypes, all workloads in one engine: `python bench/latency.py`.
 
 `vllm bench latency` starts an engine for every workload, which takes longer than the workload itself; here one engine
 of stock vLLM serves them all, one process a cache dtype, the same gate as the other benchmarks. Times are taken at the
 engine's outputs: the first token of a request, and the time between steps while every request of the batch decodes.
+What an engine measured before it failed or ran out of time is kept.
 """
 
 import argparse
@@ -40,6 +41,10 @@ WORKLOADS = [
     Workload("prefill-32k", 1, 32_768, 1),
     Workload("prefix-hit", 1, 512, 1, cached=32_768),
 ]
+
+
+COLUMNS = {"ttft_ms": ("TTFT ms", ".1f"), "tpot_ms": ("TPOT ms", ".2f"), "decode_tokens_per_s": ("decode tok/s", ".0f")}
+COMPARED = ("ttft_ms", "tpot_ms")
 
 
 def run(engine, workload: Workload, seed: int) -> tuple[float, float | None]:
@@ -83,7 +88,7 @@ def answer(engine, name: str, prompts: list[list[int]], params) -> tuple[float, 
 
 
 def worker(settings: dict) -> None:
-    """One engine: the gate, then every workload; prints rows as JSON to settings["result"]."""
+    """One engine: the gate, then every workload; settings["result"] gets the rows so far as JSON after each."""
     from engine_bench.offline import check_engine
     from vllm import LLM
 
@@ -91,7 +96,8 @@ def worker(settings: dict) -> None:
         model=settings["model"], kv_cache_dtype=settings["kv_cache_dtype"], load_format="dummy",
         kv_cache_memory_bytes=settings["memory"], max_num_batched_tokens=CHUNK, max_num_seqs=64,
         enable_prefix_caching=True, worker_extension_cls="engine_bench.worker.AttentionReport",
-        enforce_eager=settings["eager"],
+        enforce_eager=settings["eager"], tensor_parallel_size=settings["tensor_parallel_size"],
+        compilation_config={"cudagraph_capture_sizes": sizes} if (sizes := settings["capture_sizes"]) else None,
     )  # fmt: skip
     report = check_engine(llm, settings)
     rows = []
@@ -103,59 +109,91 @@ def worker(settings: dict) -> None:
         times = times[1:] if workload.repeats > 1 else times[-1:]  # the first one warms up
         middle = len(times) // 2
         to_first = sorted(t[0] for t in times)[middle]
-        per_token = sorted(t[1] for t in times)[middle] if times[0][1] is not None else None
-        rows.append({"workload": workload.name, "ttft_ms": to_first * 1e3,
-                     "tpot_ms": None if per_token is None else per_token * 1e3})  # fmt: skip
+        row = {"workload": workload.name, "ttft_ms": to_first * 1e3}
+        if times[0][1] is not None:
+            per_token = sorted(t[1] for t in times)[middle]
+            row |= {"tpot_ms": per_token * 1e3, "decode_tokens_per_s": workload.batch / per_token}
+        rows.append(row)
         Path(settings["result"]).write_text(json.dumps({"attention": report["attention"], "rows": rows}))
+
+
+def table(found: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a row a workload and dtype, with ratios to auto and fp8; "-" where there is no figure.
+
+    Args:
+        found: dtype -> {"rows": [{"workload", and of COLUMNS what was measured}]}.
+    """
+    from engine_bench.rows import BASES, add_ratios
+
+    header = ["workload", "cache"]
+    for figure, (title, _) in COLUMNS.items():
+        header += [title, *(f"x {base}" for base in BASES if figure in COMPARED)]
+    rows = [{"dtype": dtype, **row} for dtype, report in found.items() for row in report["rows"]]
+    cells = []
+    for workload in WORKLOADS:
+        same = [row for row in rows if row["workload"] == workload.name]
+        add_ratios(same, list(COMPARED))
+        for row in same:
+            cells.append([workload.name, row["dtype"]])
+            for figure, (_, form) in COLUMNS.items():
+                cells[-1].append(format(row[figure], form) if figure in row else "-")
+                for base in BASES if figure in COMPARED else ():
+                    ratio = row["ratios"].get(figure, {}).get(base)
+                    cells[-1].append("-" if ratio is None else f"{ratio:.2f}")
+    return header, cells
 
 
 def main() -> None:
     import torch
+    from engine_bench.options import SLOW_TO_CAPTURE
     from engine_bench.process import BENCH_DIRECTORY, EngineProcess, RowFailedError
     from engine_bench.rows import provenance
     from engine_bench.shapes import SHAPES, write_shape
 
     from tq_vllm.cli.capacity import parse_memory
+    from tq_vllm.cli.table import print_table
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--dtypes", default="auto,fp8,turboquant")
     names = ",".join(workload.name for workload in WORKLOADS)
     parser.add_argument("--workloads", default=names, help=f"comma-separated, of {names}; too long ones are left out")
-    parser.add_argument("--kv-cache-memory", default="36GiB", help="of every engine (default 36GiB)")
+    parser.add_argument("--kv-cache-memory", default="36GiB", help="of every engine, on each GPU (default 36GiB)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine (default 1)")
+    parser.add_argument("--capture-sizes", help="CUDA graph capture sizes, comma-separated, for the dtypes of vLLM "
+                        f"that hang while capturing all ({', '.join(SLOW_TO_CAPTURE)}), as 1,2,4,8,16")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=900, help="seconds one dtype may take")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     model = str(write_shape(options.shape, Path(tempfile.gettempdir()) / "tq_vllm_shapes"))
     found: dict[str, dict] = {}
+    notes = []
     for dtype in options.dtypes.split(","):
         result, log = options.out / f"latency-{dtype}.rows.json", options.out / f"latency-{dtype}.log"
         result.unlink(missing_ok=True)
+        short = options.capture_sizes if dtype in SLOW_TO_CAPTURE else None
         settings = {"model": model, "kv_cache_dtype": dtype, "memory": parse_memory(options.kv_cache_memory),
                     "dummy": True, "workloads": options.workloads.split(","), "result": str(result.resolve()),
-                    "eager": not torch.cuda.is_available()}  # fmt: skip
+                    "eager": not torch.cuda.is_available(), "tensor_parallel_size": options.tensor_parallel_size,
+                    "capture_sizes": [int(size) for size in short.split(",")] if short else None}  # fmt: skip
         command = [sys.executable, str(BENCH_DIRECTORY / "latency.py"), "--worker", json.dumps(settings)]
+        status = "done"
         with EngineProcess(dtype, command, log, options.timeout, {"HF_HUB_OFFLINE": "1"}) as process:
             try:
                 process.wait()
-                process.status.end("done")
             except RowFailedError as failure:
-                process.status.end(f"failed: {str(failure)[:200]}")
+                status = f"failed: {str(failure)[:200]}"
+                notes.append(f"{dtype} {status}")
+            process.status.end(status)
         if result.exists():
-            found[dtype] = json.loads(result.read_text())
-    (options.out / "latency.json").write_text(json.dumps(provenance() | {"shape": options.shape, "dtypes": found}))
-    base = {row["workload"]: row for row in found.get("auto", {"rows": []})["rows"]}
-    for dtype, report in found.items():
-        print(f"{dtype}: {report['attention']}")
-        for row in report["rows"]:
-            line = f"  {row['workload']:12}"
-            for figure in ("ttft_ms", "tpot_ms"):
-                if row[figure] is not None:
-                    reference = base.get(row["workload"], {}).get(figure)
-                    ratio = f" ({row[figure] / reference:.2f} x auto)" if reference else ""
-                    line += f"  {figure[:4].upper()} {row[figure]:9.2f} ms{ratio}"
-            print(line)
+            found[dtype] = json.loads(result.read_text()) | {"status": status, "capture_sizes": short}
+            notes.append(f"{dtype}: {found[dtype]['attention']}"
+                         + (f"; CUDA graphs for batches of {short} only" if short else ""))  # fmt: skip
+        settings = {"shape": options.shape, "tensor_parallel_size": options.tensor_parallel_size}
+        (options.out / "latency.json").write_text(json.dumps(provenance() | settings | {"dtypes": found}, indent=2))
+    gpus = f"tensor parallel {options.tensor_parallel_size}, {options.kv_cache_memory} of KV cache on each GPU"
+    print_table(f"{options.shape}, {gpus}", *table(found), notes)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a core for every worker
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, which vLLM may do
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine without xdist runs the tests one after another
 def pytest_xdist_auto_num_workers(config) -> int:
     """One process a core; none beside this one on a GPU, which engines measure before they take memory."""
     return 0 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)

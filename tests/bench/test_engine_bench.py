@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+import latency
 import pytest
 import serve
 import throughput
@@ -257,3 +258,19 @@ def test_the_cause_is_found_in_a_log():
     log = "ValueError: block too small\nRuntimeError: Engine core initialization failed. See root cause above."
     assert log_error(log, 1) == "block too small"
     assert log_error("nothing", 137) == "it left with exit code 137"
+
+
+def test_latency_table_of_an_engine_that_ran_out_of_time():
+    """What it measured stands beside the others; what it did not has no row and no ratio."""
+    both = [
+        {"workload": "b1-1k", "ttft_ms": 30.0, "tpot_ms": 6.0, "decode_tokens_per_s": 166.7},
+        {"workload": "prefill-32k", "ttft_ms": 500.0},
+    ]
+    ours = [{"workload": "b1-1k", "ttft_ms": 33.0, "tpot_ms": 4.5, "decode_tokens_per_s": 222.2}]
+    header, cells = latency.table({"auto": {"rows": both}, "turboquant": {"rows": ours}})
+    assert header == ["workload", "cache", "TTFT ms", "x auto", "x fp8", "TPOT ms", "x auto", "x fp8", "decode tok/s"]
+    assert cells == [
+        ["b1-1k", "auto", "30.0", "1.00", "-", "6.00", "1.00", "-", "167"],
+        ["b1-1k", "turboquant", "33.0", "1.10", "-", "4.50", "0.75", "-", "222"],
+        ["prefill-32k", "auto", "500.0", "1.00", "-", "-", "-", "-", "-"],
+    ]

@@ -5,8 +5,12 @@ from statistics import mean
 from engine import Output
 
 
-def distances(a: dict[str, Output], b: dict[str, Output], cancelled: set[str] = frozenset()) -> dict[str, float]:
+def distances(
+    a: dict[str, Output], b: dict[str, Output], cancelled: set[str] = frozenset(), of: str = "logprobs"
+) -> dict[str, float]:
     """Mean |difference of log-probability|, nats, of every request that finished in both runs with the same tokens.
+
+    `of`: "logprobs", of the tokens decoded in both, or "prompt_logprobs".
 
     Raises AssertionError if a request of `a` that was not cancelled did not finish in `b`, and if the tokens of a
     request differ: then the runs were not teacher-forced alike.
@@ -17,7 +21,8 @@ def distances(a: dict[str, Output], b: dict[str, Output], cancelled: set[str] = 
         x, y = a[i], b[i]
         length = min(len(x.tokens), len(y.tokens))
         assert length and x.tokens[:length] == y.tokens[:length], i
-        found[i] = mean(abs(p - q) for p, q in zip(x.logprobs[:length], y.logprobs[:length], strict=True))
+        p, q = (o.prompt_logprobs if of == "prompt_logprobs" else o.logprobs[:length] for o in (x, y))
+        found[i] = mean(abs(s - t) for s, t in zip(p, q, strict=True))
     return found
 
 

@@ -9,11 +9,19 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
+# As vLLM sets it, but before the question below is asked: without it the answer initialises CUDA's driver, and no
+# worker can be forked any more.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+import torch  # noqa: E402
+
+CUDA = torch.cuda.is_available()
 
 
 @dataclass
@@ -35,13 +43,17 @@ class Request:
 
 @dataclass
 class Phase:
-    """Requests that run together. `inject` names a fault of FAULTS, to prove that a check can fail."""
+    """Requests that run together.
+
+    `inject` names a fault of FAULTS, to prove that a check can fail; in the worker of that rank only, or in all.
+    """
 
     name: str
     requests: list[Request]
     reset_prefix_cache: bool = True
     sequential: bool = False
     inject: str | None = None
+    inject_rank: int | None = None
 
 
 @dataclass
@@ -62,12 +74,13 @@ class Output:
 class Result:
     """`backends` and `impls`: attention classes of the layers; `capacity`: tokens of cache that the engine has.
 
-    `accepted_drafts`: tokens that speculation saved. `key_offsets`: SHA-256 of the key offsets of all layers; empty
-    where no layer has one.
+    `workers`: processes that hold a part of the model. `accepted_drafts`: tokens that speculation saved. `key_offsets`:
+    SHA-256 of the key offsets of all layers, of every worker; empty where no layer has one.
     """
 
     backends: list[str]
     impls: list[str]
+    workers: int
     capacity: int
     block_size: int
     preemptions: int
@@ -85,10 +98,21 @@ ENGINE_DEFAULTS = {
     "enable_prefix_caching": False,
     "disable_log_stats": False,
 }
+if CUDA:
+    # vLLM wants this share of the GPU free at a start, whatever it takes: engines may run beside each other.
+    ENGINE_DEFAULTS |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.1}
 
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other stall when anything else wants the cores
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",  # engines that compile at the same time would write the same files
+}
+
+# Importing vLLM makes no CUDA context, so that what is forked afterwards can: vLLM starts its own engines like this.
 _processes = multiprocessing.get_context("forkserver")
-if not torch.cuda.is_available():
-    _processes.set_forkserver_preload(["vllm.entrypoints.llm"])
+_processes.set_forkserver_preload(["vllm.entrypoints.llm"])
 
 
 def run(
@@ -105,24 +129,20 @@ def run(
     Without `centred` the presets do without their key offsets.
     """
     log, result = tmp_path / "engine.log", tmp_path / "result.json"
-    engine = ENGINE_DEFAULTS | ({"dtype": "bfloat16"} if torch.cuda.is_available() else {}) | engine
+    engine = ENGINE_DEFAULTS | engine
     job = {"model": model, "engine": engine, "phases": [asdict(p) for p in phases], "centred": centred}
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",  # threads that wait for each other stall when anything else wants the cores
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        **(environment or {}),
-    }
     result.unlink(missing_ok=True)
-    process = _processes.Process(target=_run_job, args=(job, env, log, result))
+    process = _processes.Process(target=_run_job, args=(job, ENVIRONMENT | (environment or {}), log, result))
     process.start()
-    process.join(timeout)
-    if process.exitcode != 0:
-        process.kill()
-        raise RuntimeError(
-            f"engine failed ({process.exitcode}; None: not done in {timeout} s):\n{log.read_text()[-4000:]}"
-        )
+    try:
+        process.join(timeout)
+        if process.exitcode != 0:
+            raise RuntimeError(
+                f"engine failed ({process.exitcode}; None: not done in {timeout} s):\n{log.read_text()[-4000:]}"
+            )
+    finally:
+        with suppress(ProcessLookupError):  # workers that hang would keep their GPU
+            os.killpg(process.pid, signal.SIGKILL)
     data = json.loads(result.read_text())
     data["phases"] = {
         name: {i: Output(**(o | {"siblings": [Output(**s) for s in o["siblings"]]})) for i, o in outputs.items()}
@@ -142,87 +162,62 @@ def _check_classes(result: Result, engine: dict) -> None:
         assert (name in classes) == ours and (classes != [name]) == stock, (engine, classes)
 
 
-def _force_tokens_class():
-    """For vLLM's first model runner."""
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-    class ForceTokens(AdapterLogitsProcessor):
-        def is_argmax_invariant(self):
-            return False
-
-        def new_req_logits_processor(self, params):
-            forced = (params.extra_args or {}).get("forced")
-            if forced is None:
-                return None
-
-            def force(output_ids, logits):
-                masked = torch.full_like(logits, float("-inf"))
-                masked[forced[len(output_ids)]] = 0
-                return masked
-
-            return force
-
-    return ForceTokens
-
-
-def _force_tokens_class_of_second_runner():
-    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
-
-    class ForceTokens(LogitsProcessor):
-        def __init__(self, vllm_config, req_states):
-            self.forced = {}
-
-        def add_request(self, req_idx, sampling_params):
-            extra = sampling_params.extra_args or {}
-            self.forced[req_idx] = extra.get("forced"), extra.get("prompt_len")
-            return extra.get("forced") is not None
-
-        def apply(self, logits, ctx):
-            rows = zip(ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist(), strict=True)
-            for row, (slot, position) in enumerate(rows):
-                forced, prompt_len = self.forced.get(slot, (None, None))
-                if forced and 0 <= (index := position + 1 - prompt_len) < len(forced):
-                    logits[row] = float("-inf")
-                    logits[row, forced[index]] = 0
-            return logits
-
-    return ForceTokens
-
-
 def _second_runner() -> bool:
     """Whether this process's engine has vLLM's second model runner, whose logits processors are of another kind."""
-    return torch.cuda.is_available() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
+    return CUDA and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
 
 
-def _lose_prefix(requests, block_size: int) -> None:
+def _lose_prefix(table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> None:
     """Every request forgets what it stored before its newest block: it reads vLLM's null block instead."""
-    newest = (requests.seq_lens - 1) // block_size
-    columns = newest.new_tensor(range(requests.block_table.shape[1]))
-    requests.block_table = requests.block_table * (columns[None, :] >= newest[:, None])
+    newest = (seq_lens - 1) // block_size
+    table *= newest.new_tensor(range(table.shape[1])) >= newest[:, None]
 
 
-def _wrong_block(requests, block_size: int) -> None:
+def _wrong_block(table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> None:
     """The first block of every request is taken from its neighbour in the batch."""
-    requests.block_table = requests.block_table.clone()
-    requests.block_table[:, 0] = requests.block_table[:, 0].roll(1)
+    table[:, 0] = table[:, 0].roll(1)
 
 
 FAULTS = {"lost prefix": _lose_prefix, "wrong block": _wrong_block}
+_active = {"fault": None}  # of this worker
 
 
-def _install_fault_point(active: dict, block_size: int) -> None:
+def install_fault_point(worker=None) -> None:
+    """Have the fault that `_active` names happen in every step of this process; before graphs are captured or after."""
     from tq_vllm.plugin.metadata import TurboQuantMetadataBuilder
 
     build = TurboQuantMetadataBuilder.build
 
     def build_with_fault(self, *args, **kwargs):
         metadata = build(self, *args, **kwargs)
-        if active["fault"]:
+        if _active["fault"]:
             for requests in filter(None, (metadata.decodes, metadata.prefills)):
-                FAULTS[active["fault"]](requests, block_size)
+                if not CUDA:  # there it is vLLM's only table; on a GPU a copy made for this step, which graphs read
+                    requests.block_table = requests.block_table.clone()
+                FAULTS[_active["fault"]](requests.block_table, requests.seq_lens, self.kv_cache_spec.block_size)
         return metadata
 
     TurboQuantMetadataBuilder.build = build_with_fault
+
+
+def set_fault(worker, fault: str | None, rank: int | None = None) -> None:
+    """Switch a fault on or off in a worker, if it is of that rank."""
+    _active["fault"] = fault if rank in (None, getattr(worker, "rank", None)) else None
+
+
+def _report(worker) -> dict:
+    """What a worker says of its layers, as Result has it."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    layers = get_layers_from_vllm_config(worker.vllm_config, Attention).values()
+    return {
+        "backends": [layer.attn_backend.__name__ for layer in layers],
+        "impls": [type(layer.impl).__name__ for layer in layers],
+        "key_offsets": _hash(
+            [layer.impl.key_offset for layer in layers if getattr(layer.impl, "key_offset", None) is not None]
+        ),
+    }
 
 
 def _hash(tensors: list) -> str:
@@ -281,7 +276,8 @@ def _run_phase(engine, phase: dict) -> dict:
 
 
 def _run_job(job: dict, environment: dict, log: Path, result: Path) -> None:
-    """The forked process."""
+    """The forked process; it leads a process group, of which its workers are."""
+    os.setsid()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     with log.open("w") as file:
@@ -299,38 +295,35 @@ def _result_of(job: dict) -> Result:
     if not job["centred"]:
         PRESETS.update({name: replace(preset, key_offset=False) for name, preset in PRESETS.items()})
     from vllm import LLM
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention import Attention
 
-    force_tokens = _force_tokens_class_of_second_runner() if _second_runner() else _force_tokens_class()
+    force_tokens = f"force_tokens:{'SecondRunner' if _second_runner() else 'FirstRunner'}"
     processors = [] if "speculative_config" in job["engine"] else [force_tokens]  # vLLM refuses both together
     llm = LLM(model=job["model"], logits_processors=processors, **job["engine"])
     engine = llm.llm_engine
-    config = engine.vllm_config
-    layers = get_layers_from_vllm_config(config, Attention).values()
-    cache = config.cache_config
-    active = {"fault": None}
-    if any(p["inject"] for p in job["phases"]):
-        _install_fault_point(active, cache.block_size)
+    cache = engine.vllm_config.cache_config
+    faulty = any(p["inject"] for p in job["phases"])
+    if faulty:
+        llm.collective_rpc(install_fault_point)
     phases = {}
     for phase in job["phases"]:
         if phase["reset_prefix_cache"]:
             assert llm.reset_prefix_cache()
-        active["fault"] = phase["inject"]
+        if faulty:
+            llm.collective_rpc(set_fault, args=(phase["inject"], phase["inject_rank"]))
         phases[phase["name"]] = _run_phase(engine, phase)
 
     def count(metric: str) -> int:
         return int(sum(m.value for m in llm.get_metrics() if m.name == metric))
 
+    reports = llm.collective_rpc(_report)
     return Result(
-        backends=sorted({layer.attn_backend.__name__ for layer in layers}),
-        impls=sorted({type(layer.impl).__name__ for layer in layers}),
+        backends=sorted({name for report in reports for name in report["backends"]}),
+        impls=sorted({name for report in reports for name in report["impls"]}),
+        workers=len(reports),
         capacity=cache.num_gpu_blocks * cache.block_size,
         block_size=cache.block_size,
         preemptions=count("vllm:num_preemptions"),
         accepted_drafts=count("vllm:spec_decode_num_accepted_tokens"),
-        key_offsets=_hash(
-            [layer.impl.key_offset for layer in layers if getattr(layer.impl, "key_offset", None) is not None]
-        ),
+        key_offsets="".join(report["key_offsets"] for report in reports),
         phases=phases,
     )

@@ -5,5 +5,6 @@ import engine
 from tq_vllm.plugin.eval_worker import main
 
 if __name__ == "__main__":
-    engine._install_fault_point({"fault": "wrong block"}, block_size=0)
+    engine.install_fault_point()
+    engine.set_fault(None, "wrong block")
     main()
