@@ -36,8 +36,6 @@ _waiting: list[weakref.ref] = []  # of TurboQuantImpl, as loaded: ranks make the
 
 def why_impossible(root: nn.Module, pipeline_parallel: bool) -> str | None:
     """Why no pass can be made through the model `root`, or None if one can."""
-    if current_platform.is_cuda():
-        return "the pass for their mean was not measured on GPUs yet"
     if pipeline_parallel:
         return "a pipeline stage sees no activations at startup"
     for module in root.modules():
