@@ -1,9 +1,8 @@
 // Attention of few query rows to a TurboQuant cache, on its codes.
 //
-// The work of a call is a list of units (request, KV head, block of query rows), each a run of groups of 16 * TILES
+// The work of a call is a list of units (request, KV head, block of ROWS query rows), each a run of groups of 16 * TILES
 // tokens. Every warp of a fixed grid takes an equal share of that list, whatever the batch, so nothing is planned on the
-// host. A warp streams its groups through a private ring in shared memory and knows no barrier. Units of many rows are worked on
-// by a team of warps, each with ROWS of them, that share a ring.
+// host. A warp streams its groups through a private ring in shared memory and knows no barrier.
 //
 //   scores   S^T = K Q^T      int8 MMA m16n8k32: rows = 16 tokens of a tile, columns = (query row, high / low byte)
 //   output   O^T = V^T P^T    int8 MMA m16n8k32: rows = 16 half groups of coordinates, reduction = (8 tokens, 4 coordinates of
@@ -39,7 +38,6 @@ template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_> struct Shape {
   static constexpr int HEAD_BYTES = 8 * STAGES + 104 & ~15;  // barriers and two cursors
   static constexpr int WARP_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES + HEAD_BYTES;
   static constexpr int OFFSET_BYTES = 4 * SEGMENTS_AT_ONCE * ROWS;  // more with a key offset
-  static constexpr bool TEAMS = MAX_WARPS == 8;  // several warps may work on one unit
   static int warp_bytes(const DecodeParams& p) { return WARP_BYTES + (p.key_offset ? OFFSET_BYTES : 0); }
 };
 
@@ -47,19 +45,9 @@ template <class S>
 __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __grid_constant__ DecodeParams p, int warp_bytes) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int GROUP = TILE_TOKENS * S::TILES;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, team = S::TEAMS ? p.team : 1;
-  const int member = warp % team, teams = (blockDim.x >> 5) / team, stages = S::STAGES * team;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_warps = blockDim.x >> 5;
   uint8_t* mine = shared + warp * warp_bytes;
-  // The rings of a team's warps are one ring, filled by its first warp.
-  auto of_member = [&](int stage) { return shared + (warp - member + stage / S::STAGES) * warp_bytes; };
-  auto barrier_of = [&](int stage) { return reinterpret_cast<uint64_t*>(of_member(stage)) + stage % S::STAGES; };
-  auto stage_of = [&](int stage) { return of_member(stage) + S::HEAD_BYTES + stage % S::STAGES * S::STAGE_BYTES; };
-  auto join = [&] {
-    if (team > 1)
-      sync_warps(1 + warp / team, team);
-    else
-      __syncwarp();
-  };
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(mine);
   // The units that are worked on and loaded: in shared memory to save registers; all lanes write the same.
   Cursor& current = *reinterpret_cast<Cursor*>(mine + 8 * S::STAGES);
   Cursor& ahead = *(&current + 1);
@@ -71,12 +59,13 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     __syncwarp();
   };
   static_assert(8 * S::STAGES + 2 * sizeof(Cursor) <= S::HEAD_BYTES);
-  uint8_t* query_bytes = mine + S::HEAD_BYTES + S::STAGES * S::STAGE_BYTES;
+  uint8_t* ring = mine + S::HEAD_BYTES;
+  uint8_t* query_bytes = ring + S::STAGES * S::STAGE_BYTES;
   float* offsets = reinterpret_cast<float*>(query_bytes + S::QUERY_BYTES);  // [SEGMENTS_AT_ONCE][ROWS]
 
-  if (lane < S::STAGES) Copier::init(reinterpret_cast<uint64_t*>(mine) + lane);
+  if (lane < S::STAGES) Copier::init(barriers + lane);
   Copier::fence_init();
-  join();
+  __syncwarp();
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
@@ -87,8 +76,8 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     Request other;
     total += work_of<S>(p, base, other, lane);
   }
-  const Shares shares{unsigned(__reduce_add_sync(~0u, total)), gridDim.x * teams};
-  const int share = blockIdx.x * teams + warp / team;
+  const Shares shares{unsigned(__reduce_add_sync(~0u, total)), gridDim.x * num_warps};
+  const int share = blockIdx.x * num_warps + warp;
   const int begin = shares.begin(share), end = shares.begin(share + 1);
   if (begin == end) return;
 
@@ -114,7 +103,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   };
   auto load = [&](int into) {
     if (to_load == 0) {
-      if (member == 0) Copier::nothing();
+      Copier::nothing();
       return;
     }
     if (group_of_32 == GROUPS_AT_ONCE) {
@@ -128,12 +117,11 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     const int tile_of_lane = whole_groups ? 0 : lane % S::TILES;
     const uint64_t source = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), group_of_32 * S::TILES + tile_of_lane);
     const uint8_t* at = reinterpret_cast<const uint8_t*>(source);
-    if (member != 0)
-      ;  // the first warp copies for all
-    else if (whole_groups && source)
-      Copier::copy_whole<S::STAGE_BYTES>(stage_of(into), at, barrier_of(into), lane);
+    uint8_t* to = ring + into * S::STAGE_BYTES;
+    if (whole_groups && source)
+      Copier::copy_whole<S::STAGE_BYTES>(to, at, barriers + into, lane);
     else
-      Copier::copy<S::TILE_BYTES>(stage_of(into) + lane * S::TILE_BYTES, at, source && lane < S::TILES, barrier_of(into), lane);
+      Copier::copy<S::TILE_BYTES>(to + lane * S::TILE_BYTES, at, source && lane < S::TILES, barriers + into, lane);
     if (--to_load == 0) return;
     if (--left_of_unit == 0) {
       next_unit(ahead);
@@ -148,8 +136,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
 
   RowBlock<S> rows;
   typename RowBlock<S>::QueryBits bits;
-  auto first_row = [&] { return current.row_block * p.unit_rows + member * S::ROWS; };
-  rows.fetch(p, current, first_row(), bits, lane);
+  rows.fetch(p, current, bits, lane);
   load(0);
 
   // A turn is what a unit has in this share or, with a key offset, as much of it as `offsets` has the segments of (it may begin
@@ -160,15 +147,15 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     const int in_unit = min(end - at, current.request.num_groups - current.group);
     const int count = p.key_offset ? min(in_unit, TURN) : in_unit;
     int position = (current.request.first_group + current.group) * GROUP;
-    if (enters && at > begin) rows.fetch(p, current, first_row(), bits, lane);
-    if (p.key_offset) OffsetScores<S>::fill(p, current, first_row(), position, count * GROUP, offsets, lane);
+    if (enters && at > begin) rows.fetch(p, current, bits, lane);
+    if (p.key_offset) OffsetScores<S>::fill(p, current, position, count * GROUP, offsets, lane);
     if (enters) {
       whole = current.group == 0;
       rows.prepare(p, bits, query_bytes, lane);
     }
     if (at == begin) {  // not before: copies are served in order, and every warp waits for its first one
-#pragma unroll 1
-      for (int s = 1; s < stages; s++) load(s);
+#pragma unroll
+      for (int s = 1; s < S::STAGES; s++) load(s);
     }
     float offset[S::ROW_TILES] = {};
     for (int i = 0; i < count; i++, position += GROUP) {
@@ -177,12 +164,11 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
         for (int t = 0; t < S::ROW_TILES; t++)
           offset[t] = offsets[position / SEGMENT_TOKENS % SEGMENTS_AT_ONCE * S::ROWS + 4 * t + (lane & 3)];
       }
-      Copier::wait<S::STAGES>(barrier_of(stage), parity);
-      if (Copier::BY_THREAD && team > 1) join();  // what the first warp waited for
-      rows.add(stage_of(stage), position, offset, p.logits_soft_cap, lane);
-      join();
+      Copier::wait<S::STAGES>(barriers + stage, parity);
+      rows.add(ring + stage * S::STAGE_BYTES, position, offset, p.logits_soft_cap, lane);
+      __syncwarp();
       load(stage);
-      if (++stage == stages) stage = 0, parity ^= 1;
+      if (++stage == S::STAGES) stage = 0, parity ^= 1;
     }
     at += count;
     enters = count == in_unit;
@@ -195,9 +181,9 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     }
     rows.reduce();
     if (whole && group == current.request.num_groups)
-      rows.finish(p, current, first_row(), lane);
+      rows.finish(p, current, lane);
     else
-      rows.write(p.workspace + (partial_index(share, begin, at - group) * team + member) * S::PARTIAL_FLOATS, lane);
+      rows.write(p.workspace + partial_index(share, begin, at - group) * S::PARTIAL_FLOATS, lane);
     __syncwarp();
     if (at < end) next_unit(current);
   }

@@ -23,7 +23,6 @@ struct DecodeParams {
   int64_t offset_stride_segment, offset_stride_head;  // in elements
   int64_t block_table_stride;                     // in elements
   int num_reqs, num_kv_heads, group_size, tiles_per_block, num_segments, sliding_window;
-  int team, unit_rows;         // warps that work on a unit, and its rows: team * DecodeLaunch::rows
   uint32_t block_magic;        // tile / tiles_per_block = tile * block_magic >> 32; 0 where tiles_per_block is 1
   float softmax_scale, logits_soft_cap;
   DType dtype, offset_dtype, sinks_dtype;
@@ -33,7 +32,7 @@ struct DecodeParams {
 // An instantiation and its grid.
 struct DecodeLaunch {
   int key_bits, value_bits, head_dim;
-  int rows;             // query rows of a warp: 4 or, up to head size 128, 8
+  int rows;             // query rows a unit of work has: 4 or, up to head size 128, 8
   int max_query_len;    // of a request
   int num_ctas;         // one a multiprocessor
   int shared_bytes;     // what a CTA may have

@@ -14,9 +14,9 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * 2 * launch.num_ctas * S::MAX_WARPS;
   if (!params) return cudaSuccess;
   const auto kernel = decode_kernel<S>;
-  const int warp_bytes = S::warp_bytes(*params), team = params->team;
-  const int warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes) / team * team;
-  if (warps < 1 || (team > 1 && !S::TEAMS)) return cudaErrorInvalidConfiguration;
+  const int warp_bytes = S::warp_bytes(*params);
+  const int warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes);
+  if (warps < 1) return cudaErrorInvalidConfiguration;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes))
     return error;
   if (const cudaError_t error =
@@ -26,7 +26,7 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
     return launch_early(narrow ? merge_kernel<S, true> : merge_kernel<S, false>, ctas, 32 * warps, merge_shared_bytes<S>(warps),
                         stream, *params, arguments...);
   };
-  return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * (warps / team), merge);
+  return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * warps, merge);
 }
 
 // Eight rows of 256 do not fit the registers: they are two units.

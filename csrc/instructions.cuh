@@ -55,11 +55,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// A barrier of `count` whole warps, 1 to 15; memory is seen as after __syncthreads().
-__device__ __forceinline__ void sync_warps(int barrier, int count) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(32 * count) : "memory");
-}
-
 // Loads past the L1, which may hold a line from before another kernel wrote it.
 __device__ __forceinline__ float load_fresh(const float* at) {
   float x;
@@ -75,7 +70,6 @@ __device__ __forceinline__ float4 load_fresh_4(const float* at) {
 // Copies tile records into a ring of stages: the bulk copy engine and one mbarrier a stage from sm_90 on, cp.async below.
 struct Copier {
 #if __CUDA_ARCH__ >= 900
-  static constexpr bool BY_THREAD = false;  // any thread may wait
   static __device__ __forceinline__ void init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
   }
@@ -117,7 +111,6 @@ struct Copier {
   }
   static __device__ __forceinline__ void nothing() {}
 #else
-  static constexpr bool BY_THREAD = true;  // a thread waits for its own copies
   template <int BYTES> static __device__ __forceinline__ void start(uint32_t to, uint64_t from, int lane) {
 #pragma unroll
     for (int i = lane * 16; i < BYTES; i += 512)

@@ -82,7 +82,7 @@ template <class S> __host__ __device__ constexpr int merge_shared_bytes(int num_
   return 4 * num_warps * S::PARTIAL_ROW + 4 * 2 * MERGE_WARPS;
 }
 
-// Grid: (request, KV head, block of rows of max_row_blocks, unit_rows / rows of a CTA). A CTA has blockDim / 32 / parts rows. NARROW:
+// Grid: (request, KV head, block of rows of max_row_blocks, ROWS / rows of a CTA). A CTA has blockDim / 32 / parts rows. NARROW:
 // for one part; a row has few partial results then, and there are many rows: they fit a multiprocessor together.
 template <class S, bool NARROW>
 __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARROW ? 40 / S::ROWS : 1)
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARR
   float* merged = reinterpret_cast<float*>(shared);                                            // [num_warps][PARTIAL_ROW]
   int* works = reinterpret_cast<int*>(shared + merge_shared_bytes<S>(blockDim.x >> 5)) - 2 * MERGE_WARPS;  // [num_warps][2]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_warps = blockDim.x >> 5;
-  const int rows_of_cta = num_warps / parts, ctas_of_unit = p.unit_rows / rows_of_cta;
+  const int rows_of_cta = num_warps / parts, ctas_of_unit = S::ROWS / rows_of_cta;
   int index = blockIdx.x / ctas_of_unit;
   const int row_block = index % max_row_blocks;
   index /= max_row_blocks;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARR
   if (first == last) return;  // nothing, or whole
 
   const int row = blockIdx.x % ctas_of_unit * rows_of_cta + warp / parts, part = warp % parts;
-  const int query_row = row_block * p.unit_rows + row;
+  const int query_row = row_block * S::ROWS + row;
   const bool real = query_row < request.query_len * p.group_size;
   const bool share_a_group = shares.total < shares.num_shares;  // then some shares are empty
   const int count = share_a_group ? request.num_groups : last - first + 1;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARR
   for (int base = 0; real && base < count; base += 32 * parts) {
     const int i = base + lane * parts + part;
     const int share = share_a_group ? shares.owner(unit_begin + min(i, count - 1)) : first + min(i, count - 1);
-    const int64_t row_of_all = partial_index(share, shares.begin(share), unit_begin) * p.unit_rows + row;
+    const int64_t row_of_all = partial_index(share, shares.begin(share), unit_begin) * S::ROWS + row;
     merge.add(i < count ? p.workspace + row_of_all * S::PARTIAL_ROW : nullptr, lane);
   }
   if constexpr (!NARROW) {
@@ -158,12 +158,12 @@ __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARR
 // 12 partial results, as far as a CTA has them.
 template <class S, class Launch>
 auto launch_merge(const DecodeParams& p, int max_query_len, int num_shares, Launch launch) {
-  const int max_row_blocks = (max_query_len * p.group_size + p.unit_rows - 1) / p.unit_rows;
+  const int max_row_blocks = (max_query_len * p.group_size + S::ROWS - 1) / S::ROWS;
   const int num_units = p.num_reqs * p.num_kv_heads * max_row_blocks;
   int parts = 1;
   while (parts < MERGE_WARPS && num_shares / num_units + 2 > 12 * parts) parts *= 2;
   const int rows = S::ROWS < MERGE_WARPS / parts ? S::ROWS : MERGE_WARPS / parts;
-  return launch(parts == 1, num_units * (p.unit_rows / rows), parts * rows, num_shares, max_row_blocks, parts);
+  return launch(parts == 1, num_units * (S::ROWS / rows), parts * rows, num_shares, max_row_blocks, parts);
 }
 
 }  // namespace tq

@@ -82,17 +82,17 @@ template <class S> struct RowBlock {
     }
   }
 
-  // Begin to load the rows from `first_row` on of the unit at `c`; `bits` are for `prepare`.
+  // Begin to load the rows of the unit at `c`; `bits` are for `prepare`.
   struct QueryBits {
     float x[RT][D / 64][8];
   };
-  __device__ __forceinline__ void fetch(const DecodeParams& p, const Cursor& c, int first_row, QueryBits& bits, int lane) {
+  __device__ __forceinline__ void fetch(const DecodeParams& p, const Cursor& c, QueryBits& bits, int lane) {
     const int q = lane & 3, g = lane >> 2;
-    const int num_rows = c.request.query_len * p.group_size;
+    const int num_rows = c.request.query_len * p.group_size, first_row = c.row_block * S::ROWS;
     const int context = c.request.seq_len - c.request.query_len;
 #pragma unroll
     for (int t = 0; t < RT; t++) {
-      const int row = first_row + 4 * t + q;
+      const int row = c.row_block * S::ROWS + 4 * t + q;
       const bool real = row < num_rows;
       const int token = unsigned(row) / unsigned(p.group_size), member = row - token * p.group_size;
       row_end[t] = real ? context + token + 1 : c.request.seq_len;
@@ -378,12 +378,12 @@ template <class S> struct RowBlock {
   }
 
   // After `reduce`, of a whole unit: rotate back and store.
-  __device__ __forceinline__ void finish(const DecodeParams& p, const Cursor& c, int first_row, int lane) {
+  __device__ __forceinline__ void finish(const DecodeParams& p, const Cursor& c, int lane) {
     const int q = lane & 3, g = lane >> 2;
     const int num_rows = c.request.query_len * p.group_size;
 #pragma unroll
     for (int t = 0; t < RT; t++) {
-      const int row = first_row + 4 * t + q;
+      const int row = c.row_block * S::ROWS + 4 * t + q;
       const int token = unsigned(row) / unsigned(p.group_size), member = row - token * p.group_size;
       butterflies(output[t], lane);
       flip_signs(output[t], lane);

@@ -16,7 +16,7 @@ struct Request {
     seq_len = p.seq_lens[r];
     query_start = p.query_start_loc[r];
     query_len = p.query_start_loc[r + 1] - query_start;
-    row_blocks = (query_len * p.group_size + p.unit_rows - 1) / p.unit_rows;
+    row_blocks = (query_len * p.group_size + S::ROWS - 1) / S::ROWS;
     first_group = p.sliding_window > 0 ? max(0, seq_len - query_len - p.sliding_window + 1) / GROUP : 0;
     num_groups = max(1, (seq_len + GROUP - 1) / GROUP - first_group);
   }

@@ -14,7 +14,7 @@ template <class S> void run(const tq::DecodeParams& params, const tq::DecodeLaun
     simt::launch(ctas, warps, [=] { kernel(params, arguments...); });
     return 0;
   };
-  tq::launch_merge<S>(params, launch.max_query_len, launch.num_ctas * (num_warps / params.team), merge);
+  tq::launch_merge<S>(params, launch.max_query_len, launch.num_ctas * num_warps, merge);
 }
 
 extern "C" int simt_params_bytes() { return sizeof(tq::DecodeParams); }

@@ -74,12 +74,10 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float load_fresh(const float* at) { return *at; }
 inline float4 load_fresh_4(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 
-inline void sync_warps(int barrier, int count) { simt::wait(simt::named[barrier], 32 * count); }
 inline void wait_for_earlier_kernels() {}
 inline void let_next_kernel_start() {}
 
 struct Copier {
-  static constexpr bool BY_THREAD = true;
   static void init(uint64_t*) {}
   static void fence_init() {}
   static void nothing() {}

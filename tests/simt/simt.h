@@ -45,7 +45,7 @@ struct Barrier { int arrived = 0, generation = 0; };
 
 inline std::vector<Fiber*> fibers;
 inline std::vector<Barrier> warps;
-inline Barrier cta, named[16];
+inline Barrier cta;
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline Dim block, block_size, grid_size;
@@ -87,7 +87,7 @@ inline void launch(int ctas, int num_warps, std::function<void()> kernel) {
   unsigned order = std::getenv("SIMT_ORDER") ? std::atoi(std::getenv("SIMT_ORDER")) : 0;
   body = kernel, grid_size = {unsigned(ctas)}, block_size = {unsigned(32 * num_warps)};
   for (unsigned b = 0; b < unsigned(ctas); b++) {
-    block = {b}, cta = {}, std::fill(named, named + 16, Barrier{}), warps.assign(num_warps, {});
+    block = {b}, cta = {}, warps.assign(num_warps, {});
     for (int i = 0; i < 32 * num_warps; i++) {
       Fiber* f = new Fiber;
       f->thread = {unsigned(i)}, f->warp = i / 32, f->lane = i % 32;

@@ -118,23 +118,13 @@ def test_block_sizes(block_size):
 
 
 @pytest.mark.parametrize("group", (1, 3, 5, 8, 16))
-def test_groups(on_cpu, group):
-    on_cpu.num_warps = 2
+def test_groups(group):
     check(head_dim=128, group=group, seq_lens=(1, 100, 400), query_lens=(1, 1, 1))
 
 
 @pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7)))
-def test_several_query_tokens(on_cpu, query_lens):
-    """Two to four warps a unit."""
-    on_cpu.num_warps = 4
+def test_several_query_tokens(query_lens):
     check(head_dim=128, group=4, seq_lens=(10, 100, 400), query_lens=query_lens, with_offset=True)
-
-
-@pytest.mark.parametrize("head_dim, group, query_lens", [(64, 8, (8, 1)), (256, 3, (16, 5))])
-def test_many_query_rows(on_cpu, head_dim, group, query_lens):
-    """Eight warps a unit; more rows than one unit has."""
-    on_cpu.num_warps = 8
-    check(head_dim=head_dim, group=group, num_kv_heads=1, seq_lens=(700, 70), query_lens=query_lens)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
@@ -143,10 +133,9 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (128, 4, 2), (256, 2, 3)))
-def test_options(on_cpu, head_dim, group, query_len):
+def test_options(head_dim, group, query_len):
     """Window, soft cap, sinks and key offset, one at a time and all together."""
     options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
-    on_cpu.num_warps = 4
     for chosen in (*({name: value} for name, value in options.items()), options):
         check(head_dim=head_dim, group=group, seq_lens=LENGTHS[4:], query_lens=(query_len,) * 5, **chosen)
 
@@ -157,9 +146,8 @@ def test_options(on_cpu, head_dim, group, query_len):
 @pytest.mark.parametrize(
     "head_dim, group, query_len, aligned", [(128, 4, 1, True), (64, 8, 1, True), (256, 2, 3, False)]
 )
-def test_key_offset(on_cpu, dtype, offset_dtype, head_dim, group, query_len, aligned):
+def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):
     """More than 32 segments, which are scored at a time, and positions beyond the last one."""
-    on_cpu.num_warps = 4
     check(dtype=dtype, offset_dtype=offset_dtype, aligned=aligned, head_dim=head_dim, group=group, num_kv_heads=1,
           seq_lens=(2090,), query_lens=(query_len,), with_offset=True)  # fmt: skip
 

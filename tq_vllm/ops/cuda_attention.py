@@ -10,9 +10,8 @@ from tq_vllm.ops.cuda_library import DTYPES, check, library, stream_of
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
-MAX_QUERY_ROWS = 64  # of a request and KV head
-ROWS = (4, 8)  # query rows of a warp
-MAX_TEAM = 8  # warps with rows of one KV head that read the cache together
+MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks of ROWS, each of which reads the cache
+ROWS = (4, 8)  # query rows of a unit of work
 HEAD_DIMS = (64, 128, 256)  # the kernel rotates in registers, by powers of two
 
 
@@ -41,8 +40,7 @@ class _Params(ctypes.Structure):
             "block_table_stride",
         )),
         *((name, ctypes.c_int32) for name in (
-            "num_reqs", "num_kv_heads", "group_size", "tiles_per_block", "num_segments", "sliding_window", "team",
-            "unit_rows",
+            "num_reqs", "num_kv_heads", "group_size", "tiles_per_block", "num_segments", "sliding_window",
         )),
         ("block_magic", ctypes.c_uint32),
         ("softmax_scale", ctypes.c_float),
@@ -70,13 +68,8 @@ class _Launch(ctypes.Structure):
 
 
 def _rows_of(head_dim: int, query_rows: int) -> int:
-    """Query rows of a warp; eight outputs of 256 numbers do not fit its registers."""
+    """Query rows of a unit of work; eight outputs of 256 numbers do not fit a warp's registers."""
     return ROWS[0] if query_rows <= ROWS[0] or head_dim == 256 else ROWS[1]
-
-
-def _team_of(rows: int, query_rows: int) -> int:
-    """How many warps, a power of two, work on a unit together."""
-    return min(1 << (-(-query_rows // rows) - 1).bit_length(), MAX_TEAM)
 
 
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
@@ -125,7 +118,6 @@ def attention(
     with torch.cuda.device(query.device):
         stream = stream_of(query)
         rows = _rows_of(head_dim, group * max_query_len)
-        team = _team_of(rows, group * max_query_len)
         workspace = _workspace(preset, head_dim, rows, query.device, stream.value or 0)
         params = _Params(
             query=query.data_ptr(), kv_cache=kv_cache.data_ptr(), block_table=block_table.data_ptr(),
@@ -135,7 +127,6 @@ def attention(
             out_stride_token=out.stride(0), out_stride_head=out.stride(1),
             cache_stride_block=kv_cache.stride(0), cache_stride_head=kv_cache.stride(1),
             block_table_stride=block_table.stride(0), num_reqs=num_reqs, num_kv_heads=num_kv_heads, group_size=group,
-            team=team, unit_rows=team * rows,
             tiles_per_block=tiles_per_block, block_magic=-(-(1 << 32) // tiles_per_block) & 0xFFFFFFFF,
             sliding_window=sliding_window, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap,
             dtype=DTYPES[query.dtype], vector_rows=_has_aligned_rows(query) and _has_aligned_rows(out),

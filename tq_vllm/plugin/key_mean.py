@@ -21,7 +21,6 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from tq_vllm.core.attention import attention_reference
