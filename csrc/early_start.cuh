@@ -1,7 +1,6 @@
 // Kernels that start while the one before them in the stream still runs (programmatic dependent launch, from sm_90 on).
 #pragma once
 #include <cuda_runtime.h>
-#include <cstdlib>
 
 namespace tq {
 
@@ -23,9 +22,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                          const Arguments&... arguments) {
-  static const char* x = getenv("TQ_X");
-  const int mode = x ? atoi(x) : 0;
-  if (!(mode & 1)) cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaFuncAttributes of_kernel{};
   if (const cudaError_t error = cudaFuncGetAttributes(&of_kernel, kernel)) return error;
   cudaLaunchAttribute early{};
@@ -33,7 +29,7 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &early, config.numAttrs = of_kernel.binaryVersion >= 90 && !(mode & 2) ? 1 : 0;
+  config.attrs = &early, config.numAttrs = of_kernel.binaryVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -343,18 +343,30 @@ __global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_
   const int lane = threadIdx.x % 32, q = lane % Shape::LANES;
   const uint32_t table_base = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane - FLOOR_BIAS_ADDRESS;
   const uint32_t signs = lane_signs<Shape>(q);
+  // Before the wait: the table, and the arguments into the constant cache, whose misses would come one after another (half a
+  // microsecond of five for one token).
+  if (threadIdx.x < sizeof(StoreParams) / 32) {
+    const int word = reinterpret_cast<const int*>(&params)[8 * threadIdx.x];
+    asm volatile("" ::"r"(word));
+  }
+  switch (role.bits) {
+    case 2: fill_table<2>(table, role.table_rows); break;
+    case 3: fill_table<3>(table, role.table_rows); break;
+    case 4: fill_table<4>(table, role.table_rows); break;
+    case 5: fill_table<5>(table, role.table_rows); break;
+  }
   wait_for_earlier_kernels();
   let_next_kernel_start();  // attention to what is written here waits in its turn, with its launch behind it
+  __syncthreads();
 
   const int num_items = (params.num_slots + Shape::VECTORS - 1) / Shape::VECTORS * params.num_kv_heads;
   const int warps = gridDim.x * (STORE_THREADS / 32);
-  int item = blockIdx.x * (STORE_THREADS / 32) + threadIdx.x / 32;
-  for (bool filled = false; !filled || item < num_items; item += warps) {
+  for (int item = blockIdx.x * (STORE_THREADS / 32) + threadIdx.x / 32; item < num_items; item += warps) {
     const int head = item % params.num_kv_heads;
     const int token = item / params.num_kv_heads * Shape::VECTORS + lane / Shape::LANES;
     float x[Shape::ROWS][Shape::RUN] = {};
     int64_t slot = -1;
-    if (item < num_items && token < params.num_slots) {
+    if (token < params.num_slots) {
       slot = params.slot_mapping[token];  // the vector is loaded at the same time, whatever the slot
       const int64_t start = token * role.token_stride + head * role.head_stride;
       load_vector<Shape, false>(role.x, role.dtype, start, role.vector_loads, signs, q, x);
@@ -366,16 +378,6 @@ __global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_
                                  segment * params.offset_segment_stride + head * params.offset_head_stride,
                                  params.vector_offsets, signs, q, x);
       }
-    }
-    if (!filled) {  // while the first loads are on their way
-      switch (role.bits) {
-        case 2: fill_table<2>(table, role.table_rows); break;
-        case 3: fill_table<3>(table, role.table_rows); break;
-        case 4: fill_table<4>(table, role.table_rows); break;
-        case 5: fill_table<5>(table, role.table_rows); break;
-      }
-      __syncthreads();
-      filled = true;
     }
     if (!__any_sync(ALL_LANES, slot >= 0)) continue;
     Destination to = {nullptr, 0};
