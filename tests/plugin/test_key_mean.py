@@ -227,13 +227,6 @@ def test_pipeline_stages_are_not_centred(make):
     assert offset is None and why == "a pipeline stage sees no activations at startup"
 
 
-def test_keys_on_a_gpu_are_not_centred_by_a_mean_yet(make, monkeypatch):
-    served, _, _, layers = make()
-    monkeypatch.setattr(type(key_mean.current_platform), "is_cuda", lambda self: True)
-    offset, why = key_offset.compute(layers[0].impl, torch.float32)
-    assert offset is None and why == "the pass for their mean was not measured on GPUs yet"
-
-
 def test_models_with_other_caches_are_not_centred(make):
     class StateSpace(nn.Module, AttentionLayerBase):
         def get_attn_backend(self):

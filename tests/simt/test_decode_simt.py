@@ -141,10 +141,14 @@ def test_options(head_dim, group, query_len):
 
 
 @pytest.mark.parametrize(
-    "dtype, offset_dtype", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
-)
-@pytest.mark.parametrize(
-    "head_dim, group, query_len, aligned", [(128, 4, 1, True), (64, 8, 1, True), (256, 2, 3, False)]
+    "dtype, offset_dtype, head_dim, group, query_len, aligned",
+    [
+        (torch.bfloat16, torch.bfloat16, 128, 4, 1, True),
+        (torch.float16, torch.float16, 64, 8, 1, True),
+        (torch.bfloat16, torch.bfloat16, 256, 2, 3, True),
+        (torch.bfloat16, torch.bfloat16, 128, 4, 1, False),
+        (torch.bfloat16, torch.float32, 128, 4, 1, True),
+    ],
 )
 def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):
     """More than 32 segments, which are scored at a time, and positions beyond the last one."""
