@@ -59,7 +59,7 @@ class Case:
 
 
 HEADLINE = [(32, 8192), (8, 32768), (64, 4096), (1, 131072), (1, 32768), (256, 1024), (1, 2048), (8, 1024)]
-WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k2v2")
+WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k3v2", "k2v2")
 
 
 def default_cases() -> list[Case]:

@@ -23,7 +23,8 @@ EVERY_PAGE = [TurboQuantPage(config, d) for config in PRESETS.values() for d in 
 @pytest.mark.parametrize(
     ("preset", "slot_bytes"),
     [("turboquant", 132), ("turboquant:k8v8", 260), ("turboquant:k8v4", 196), ("turboquant:k5v4", 148),
-     ("turboquant:k4v4", 132), ("turboquant:k4v3", 116), ("turboquant:k3v3", 100), ("turboquant:k2v2", 68)],
+     ("turboquant:k4v4", 132), ("turboquant:k4v3", 116), ("turboquant:k3v3", 100), ("turboquant:k3v2", 84),
+     ("turboquant:k2v2", 68)],
 )  # fmt: skip
 def test_bytes_per_token_at_head_dim_128(preset, slot_bytes):
     assert TurboQuantPage(get_config(preset), 128).slot_bytes == slot_bytes

@@ -66,6 +66,7 @@ PRESETS: dict[str, TurboQuantConfig] = {
         _preset(":k4v4", 4, 4),
         _preset(":k4v3", 4, 3),
         _preset(":k3v3", 3, 3),
+        _preset(":k3v2", 3, 2),
         _preset(":k2v2", 2, 2),
     )
 }

@@ -15,6 +15,7 @@ PURPOSE = {
     (5, 4): "one more bit for keys",
     (4, 3): "values cut first",
     (3, 3): "long contexts",
+    (3, 2): "2.5 bits",
     (2, 2): "experiments",
 }
 

@@ -1,0 +1,45 @@
+"""A cache that leaves the engine and comes back: vLLM's own KV connectors carry TurboQuant pages.
+
+vLLM's ExampleConnector writes the pages of whole blocks to files and reads them into another engine. That engine has
+to answer as one that read the prompt itself, and must not if the files are damaged.
+"""
+
+import safetensors.torch
+import torch
+from compare import distances, worst
+from engine import Phase, Request, run
+
+PRESET = "turboquant:k8v8"
+CLOSE = 0.05  # nats, as in test_features.py
+BLOCK = 32
+
+
+def test_pages_go_through_a_connector(first_layers, text_ids, tmp_path):
+    folder = tmp_path / "pages"
+    prompts = [text_ids[60 * i : 60 * i + 5 * BLOCK + 7 * i] for i in range(3)]
+    phases = [
+        Phase("read", [Request(f"r{i}", p, forced=text_ids[900 + 40 * i : 924 + 40 * i]) for i, p in enumerate(prompts)])
+    ]
+    engine = {"kv_cache_dtype": PRESET, "block_size": BLOCK, "enable_prefix_caching": False}
+    connector = {
+        "kv_connector": "ExampleConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }  # fmt: skip
+
+    def read(**more):
+        return run(first_layers, engine | more, phases, tmp_path).phases["read"]
+
+    alone, writes, reads = read(), read(kv_transfer_config=connector), read(kv_transfer_config=connector)
+    assert all(output.cached_tokens == 0 for output in writes.values())
+    assert all(output.cached_tokens >= 4 * BLOCK for output in reads.values())
+    for outputs in (writes, reads):
+        found = distances(alone, outputs)
+        assert max(found.values()) < CLOSE, worst(found)
+
+    files = list(folder.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        pages = safetensors.torch.load_file(file)["kv_cache"]
+        assert pages.dtype == torch.uint8
+        safetensors.torch.save_file({"kv_cache": pages.flip(0).contiguous()}, file)
+    assert max(distances(alone, read(kv_transfer_config=connector)).values()) > 3 * CLOSE
