@@ -101,12 +101,12 @@ class Model:
         cos, sin = self.network.model.rotary_emb(x, torch.arange(x.shape[0])[None], *more)
         return apply_rotary_pos_emb(x[None], x[None], cos, sign * sin, 2)[0][0]
 
-    def offsets(self, keys: torch.Tensor) -> torch.Tensor:
+    def offsets(self, keys: torch.Tensor, num_tokens: int = TOKENS) -> torch.Tensor:
         """[num_layers, num_segments, num_kv_heads, head_dim]: as the plugin makes them of a pass's keys."""
         found = []
         for layer, key in enumerate(keys):
             mean = self.rotate(layer, key, -1)[1:].mean(0, keepdim=True)
-            segments = self.rotate(layer, mean.expand(TOKENS, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
+            segments = self.rotate(layer, mean.expand(num_tokens, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
             segments[0] = 0
             found.append(segments)
         return torch.stack(found)
