@@ -12,22 +12,22 @@ import dataclasses
 import sys
 
 import torch
-from levers import Layer, Setting
+from levers import STEP, Layer, Setting
+from transformers.cache_utils import DynamicLayer
 
 from tq_vllm.cli.demo_model import demo_model
 from tq_vllm.config import get_config
 from tq_vllm.core.cache import offset_at
 
 PASS_STEP = 8
-RAW = 1 << 20  # tokens, more than there are
 PRESET = get_config("turboquant")
 
 
-def layers_of(setting: Setting, key_bits: list[int | None]) -> list[Layer]:
+def layers_of(setting: Setting, key_bits: list[int | None]) -> list[DynamicLayer]:
     """A cache with these key widths, values at 4 bits; None: keys and values of the layer stay raw."""
     return [
-        Layer(dataclasses.replace(PRESET, key_bits=bits or 4), o, b, first=0 if bits else RAW)
-        for bits, o, b in zip(key_bits, setting.offset, setting.basis, strict=True)
+        Layer(dataclasses.replace(PRESET, key_bits=bits), offset, basis) if bits else DynamicLayer()
+        for bits, offset, basis in zip(key_bits, setting.offset, setting.basis, strict=True)
     ]
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     by = {
         "by the logits": noise_of_logits(setting),
         "by the pass": kl_of_layers(setting, setting.pass_ids, PASS_STEP),
-        "by the text": kl_of_layers(setting, setting.text, 32),
+        "by the text": kl_of_layers(setting, setting.text, STEP),
     }
     for name, sensitivity in by.items():
         print(f"{name}: " + " ".join(f"{x:.2g}" for x in (sensitivity / sensitivity.mean()).tolist()), flush=True)
