@@ -101,12 +101,12 @@ class Model:
         cos, sin = self.network.model.rotary_emb(x, torch.arange(x.shape[0])[None], *more)
         return apply_rotary_pos_emb(x[None], x[None], cos, sign * sin, 2)[0][0]
 
-    def offsets(self, keys: torch.Tensor) -> torch.Tensor:
+    def offsets(self, keys: torch.Tensor, num_tokens: int = TOKENS) -> torch.Tensor:
         """[num_layers, num_segments, num_kv_heads, head_dim]: as the plugin makes them of a pass's keys."""
         found = []
         for layer, key in enumerate(keys):
             mean = self.rotate(layer, key, -1)[1:].mean(0, keepdim=True)
-            segments = self.rotate(layer, mean.expand(TOKENS, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
+            segments = self.rotate(layer, mean.expand(num_tokens, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
             segments[0] = 0
             found.append(segments)
         return torch.stack(found)
@@ -162,21 +162,36 @@ def _square_root(matrix: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
 
 
+class Setting:
+    """A model, what the plugin does to its keys, and a text: what all rows have in common."""
+
+    def __init__(self, path: str):
+        self.model, tokenizer = Model(path), AutoTokenizer.from_pretrained(path)
+        ids = tokenizer(pydoc_data.topics.topics["debugger"], add_special_tokens=False)["input_ids"]
+        start = [tokenizer.bos_token_id] if "gemma" in self.model.config.model_type else []
+        self.text = torch.tensor((start + ids)[:TOKENS])
+        self.pass_ids = pass_token_ids(self.model.config.vocab_size, PASS_TOKENS)
+        self.pass_queries, self.pass_keys = self.model.queries_and_keys(self.pass_ids)
+        self.offset = self.model.offsets(self.pass_keys)
+        self.none = [None] * len(self.offset)
+        self.by_norms = self.model.scales_by_norms()
+        self.basis = self.none if self.by_norms is None else self.by_norms
+
+    def kl(self, layers: list[Layer], ids: torch.Tensor, step: int = STEP) -> torch.Tensor:
+        """KL divergence of every position, nats, of reading ids with these layers of a cache, `step` at a time."""
+        reference = self.model.network(ids[None]).logits[0].log_softmax(-1)
+        cache = Cache(layers=layers)
+        parts = [self.model.network(part, past_key_values=cache).logits[0] for part in ids[None].split(step, 1)]
+        return (reference.exp() * (reference - torch.cat(parts).log_softmax(-1))).sum(-1)
+
+
 @torch.inference_mode()
 def main() -> None:
     """Print a row a lever: mean KL and its 99th percentile, nats."""
-    path = sys.argv[1] if len(sys.argv) > 1 else str(demo_model())
-    model, tokenizer = Model(path), AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(pydoc_data.topics.topics["debugger"], add_special_tokens=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if "gemma" in model.config.model_type else []
-    text = torch.tensor((start + ids)[:TOKENS])
-    _, k = model.queries_and_keys(pass_token_ids(model.config.vocab_size, PASS_TOKENS))
-    offset = model.offsets(k)
-    q, k = model.queries_and_keys(text)
+    setting = Setting(sys.argv[1] if len(sys.argv) > 1 else str(demo_model()))
+    offset, basis, none = setting.offset, setting.basis, setting.none
+    q, k = setting.model.queries_and_keys(setting.text)
     k = k - torch.stack([offset_at(x, torch.arange(TOKENS)) for x in offset])
-    none = [None] * len(offset)
-    by_norms = model.scales_by_norms()
-    basis = none if by_norms is None else by_norms
     preset = get_config("turboquant")
     rows = {
         "turboquant (K4V4)": (preset, offset, basis, {}),
@@ -192,14 +207,11 @@ def main() -> None:
         "newest 32 tokens raw": (preset, offset, basis, {"recent": 32}),
         "newest 128 tokens raw": (preset, offset, basis, {"recent": 128}),
     }
-    reference = model.network(text[None]).logits[0].log_softmax(-1)
     for name, (config, offsets, bases, raw) in rows.items():
-        if name == "key channels not scaled" and by_norms is None:
+        if name == "key channels not scaled" and setting.by_norms is None:
             continue  # the first row
         layers = [Layer(config, o, b, **raw) for o, b in zip(offsets, bases, strict=True)]
-        cache = Cache(layers=layers)
-        steps = torch.cat([model.network(part, past_key_values=cache).logits[0] for part in text[None].split(STEP, 1)])
-        kl = (reference.exp() * (reference - steps.log_softmax(-1))).sum(-1)
+        kl = setting.kl(layers, setting.text)
         print(f"{name:32s} {kl.mean():.5f}  {kl.quantile(0.99):.4f}", flush=True)
 
 

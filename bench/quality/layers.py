@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from tq_vllm.config import TurboQuantConfig
+from tq_vllm.core.cache import kv_roundtrip, offset_at
+
 RoundTrip = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 BF16_BYTES = 2
 
@@ -33,6 +36,27 @@ class TokenLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+
+class PresetLayer(TokenLayer):
+    """A preset of the plugin through tq_vllm.core: keys centred and channels scaled as the plugin does it.
+
+    Args:
+        offset: [num_segments, num_kv_heads, head_dim] of the layer's keys, None: not centred.
+        scale: [head_dim], keys are stored times it, None: as they are.
+    """
+
+    def __init__(self, config: TurboQuantConfig, offset: torch.Tensor | None, scale: torch.Tensor | None):
+        super().__init__(self._round_trip)
+        self.turboquant, self.offset, self.scale = config, offset, 1 if scale is None else scale
+
+    def _round_trip(self, k, v):
+        positions = self.get_seq_length() + torch.arange(k.shape[2])
+        centre = 0 if self.offset is None else offset_at(self.offset, positions).transpose(0, 1)
+        kept = ((k - centre) * self.scale, v)
+        flat = [x.flatten(0, 1).contiguous() for x in kept]  # a vector is encoded by itself: no axis before it matters
+        k, v = (x.unflatten(0, v.shape[:2]) for x in kv_roundtrip(*flat, self.turboquant))
+        return k / self.scale + centre, v
 
 
 def uniform(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -97,8 +121,12 @@ class EvictedLayer(DynamicLayer):
         super().__init__()
         index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
         self.kv = [keys.gather(2, index), values.gather(2, index)]
+        self.positions, self.next = kept, keys.shape[2]  # of all tokens in the cache; of the next one
 
     def update(self, key_states, value_states, *args, **kwargs):
+        own = self.next + torch.arange(key_states.shape[2])
+        self.positions = torch.cat((self.positions, own.expand(*self.positions.shape[:-1], -1)), -1)
+        self.next += len(own)
         self.kv = [torch.cat((past, own), 2) for past, own in zip(self.kv, (key_states, value_states), strict=True)]
         return tuple(self.kv)
 

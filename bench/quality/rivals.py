@@ -1,4 +1,7 @@
-"""Rival methods by name: how each one keeps keys and values, with the bytes that takes, scales and norms included."""
+"""Rival methods by name: how each one keeps keys and values, with the bytes that takes, scales and norms included.
+
+Presets of the plugin are here too, through tq_vllm.core: a check of the served rows, and widths that no preset has yet.
+"""
 
 import functools
 import math
@@ -6,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from layers import BF16_BYTES, KiviLayer, RoundTrip, TokenLayer
+from layers import BF16_BYTES, KiviLayer, PresetLayer, RoundTrip, TokenLayer
 
-from tq_vllm.config import get_config
-from tq_vllm.core.cache import kv_roundtrip
+from tq_vllm.config import TurboQuantConfig, get_config
 from tq_vllm.core.qjl import TurboQuantProd
 from tq_vllm.core.quantizers import TurboQuantMSE
 from tq_vllm.core.rotations import get_rotation
@@ -24,12 +26,12 @@ class Rival:
     """A method that keeps every token.
 
     Attributes:
-        layer: makes the cache of one layer for a head size.
+        layer: makes the cache of one layer for a head size and the layer's index.
         token_bytes: of one token and KV head, for a head size and a context in tokens.
     """
 
     name: str
-    layer: Callable[[int], TokenLayer | KiviLayer]
+    layer: Callable[[int, int], TokenLayer | KiviLayer]
     token_bytes: Callable[[int, int], float]
 
 
@@ -132,19 +134,22 @@ def paper_bytes(key_bits: int, value_bits: int, qjl: bool, head_dim: int) -> flo
     return head_dim * (key_bits + value_bits) / 8 + FP16 * (3 if qjl else 2)
 
 
-def preset(name: str, head_dim: int) -> RoundTrip:
-    """A preset of the plugin through tq_vllm.core: its row must agree with the served one."""
-    config = get_config(name)
+def presets(offsets: list[torch.Tensor], scales: list[torch.Tensor] | None) -> list[Rival]:
+    """The default preset and K3V2, for a model with these key offsets and, if any, key scales of the layers."""
+    scales = scales if scales is not None else [None] * len(offsets)
 
-    def round_trip(k, v):
-        flat = [x.flatten(0, 1) for x in (k, v)]  # every vector is encoded by itself: the axes before it don't matter
-        return tuple(x.unflatten(0, k.shape[:2]) for x in kv_roundtrip(*flat, config))
+    def rival(name: str, config: TurboQuantConfig) -> Rival:
+        return Rival(
+            f"{name} by tq_vllm.core",
+            lambda d, layer: PresetLayer(config, offsets[layer], scales[layer]),
+            lambda d, _: TurboQuantPage(config, d).slot_bytes,
+        )
 
-    return round_trip
+    return [rival("turboquant", get_config("turboquant")), rival("turboquant K3V2", TurboQuantConfig("", 3, 2))]
 
 
 def _token_rival(name: str, make: Callable[[int], RoundTrip], token_bytes: Callable[[int], float]) -> Rival:
-    return Rival(name, lambda d: TokenLayer(make(d)), lambda d, _: token_bytes(d))
+    return Rival(name, lambda d, _: TokenLayer(make(d)), lambda d, _: token_bytes(d))
 
 
 def _paper(name: str, *bits_and_qjl) -> Rival:
@@ -154,7 +159,7 @@ def _paper(name: str, *bits_and_qjl) -> Rival:
 def _kivi(bits: int, residual: int) -> Rival:
     return Rival(
         f"KIVI {bits} bit, {residual} raw",
-        lambda d: KiviLayer(bits, residual),
+        lambda d, _: KiviLayer(bits, residual),
         lambda d, n: KiviLayer.token_bytes(bits, residual, d, n),
     )
 
@@ -166,15 +171,12 @@ def fp8(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 RIVALS = (
     _token_rival("none", lambda d: lambda k, v: (k, v), lambda d: 2 * BF16_BYTES * d),
-    _token_rival(
-        "turboquant by tq_vllm.core",
-        functools.partial(preset, "turboquant"),
-        lambda d: TurboQuantPage(get_config("turboquant"), d).slot_bytes,
-    ),
-    Rival("fp8 e4m3, unscaled", lambda d: TokenLayer(fp8, own_raw=False), lambda d, _: 2 * d),
+    Rival("fp8 e4m3, unscaled", lambda d, _: TokenLayer(fp8, own_raw=False), lambda d, _: 2 * d),
     _paper("TurboQuant paper, mse 4 bit", 4, 4, False),
     _paper("TurboQuant paper, QJL keys 4 bit", 4, 4, True),
+    _paper("TurboQuant paper, mse K4V3", 4, 3, False),
     _paper("TurboQuant paper, mse 3 bit", 3, 3, False),
+    _paper("TurboQuant paper, mse K3V2", 3, 2, False),
     _paper("TurboQuant paper, mse 2 bit", 2, 2, False),
     _token_rival("PolarQuant 4-2-2-2 bit", lambda d: lambda k, v: (polar(k), polar(v)), lambda d: 2 * polar_bytes(d)),
     _kivi(4, 128),

@@ -18,6 +18,7 @@ class Reader:
     def __init__(self, network, windows: list[list[int]], chunk: int, top: int):
         self.network, self.ids, self.chunk, self.top = network, torch.tensor(windows), chunk, top
         self.attentions: list[torch.Tensor] | None = None  # of the layers so far, where they are wanted
+        self.cache: Cache | None = None  # that is being read
         AttentionInterface.register("rivals", self._attend)
         network.set_attn_implementation("rivals")
         config = network.config
@@ -27,7 +28,7 @@ class Reader:
     @torch.inference_mode()
     def read(self, rival: Rival) -> Distributions:
         """Every prediction of the windows, window after window."""
-        cache = Cache(layers=[rival.layer(self.head_dim) for _ in range(self.num_layers)])
+        cache = Cache(layers=[rival.layer(self.head_dim, layer) for layer in range(self.num_layers)])
         return _concatenate([self._read(cache, 0)])
 
     @torch.inference_mode()
@@ -38,6 +39,7 @@ class Reader:
         all_ids, parts = self.ids, []
         for ids in all_ids.split(1):  # the attention of a whole prompt is large
             cache, self.attentions = DynamicCache(), []
+            self.cache = cache
             self.network(ids[:, :prompt], past_key_values=cache)
             found, self.attentions = self.attentions, None
             layers = []
@@ -49,11 +51,16 @@ class Reader:
         self.ids = all_ids
         return _concatenate(parts)
 
-    def _attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
+    def _attend(self, module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
         """Causal attention on what a layer's cache returns: PyramidKV's layers keep different numbers of tokens."""
-        num_queries, num_keys = query.shape[2], key.shape[2]
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+        groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
+        at = getattr(self.cache.layers[module.layer_idx], "positions", None)
+        at = torch.arange(key.shape[2])[None, None] if at is None else at.repeat_interleave(groups, 1)
+        ahead = at[:, :, None] - at[:, :, -num_queries:, None]  # [..., num_queries, num_keys]
+        hidden = ahead > 0
+        if sliding_window:
+            hidden |= ahead <= -sliding_window
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         weights = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf).softmax(-1)
         if self.attentions is not None:
             self.attentions.append(weights)
@@ -61,7 +68,7 @@ class Reader:
 
     def _read(self, cache: Cache, start: int) -> list[torch.Tensor]:
         """ids, logprobs [batch, n, top] and target_logprob [batch, n] of the tokens after `start` + 1."""
-        found = []
+        self.cache, found = cache, []
         for at in range(start, self.ids.shape[1] - 1, self.chunk):
             step = self.ids[:, at : at + self.chunk]
             positions = torch.arange(at, at + step.shape[1])[None]

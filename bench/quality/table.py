@@ -16,12 +16,16 @@ from pathlib import Path
 import torch
 from layers import BF16_BYTES
 from plots import plot
-from rivals import EVICTIONS, RIVALS, Eviction
+from rivals import EVICTIONS, RIVALS, Eviction, Rival, presets
 from simulate import Reader, first_windows, second_halves
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+sys.path.append(str(Path(__file__).parents[1]))  # of levers
+from levers import Model
 
 from tq_vllm.cli.eval import CHUNK
 from tq_vllm.cli.table import print_table
+from tq_vllm.plugin.key_mean import PASS_TOKENS, pass_token_ids
 from tq_vllm.quality.gate import RefusedError
 from tq_vllm.quality.metrics import Distributions, compare_text
 from tq_vllm.quality.process import load_result
@@ -69,12 +73,22 @@ def served_rows(directory: Path, reference: Distributions, windows: int, of: int
     return rows
 
 
-def rival_rows(reader: Reader, reference: Distributions, windows: int, vocab: int, path: Path) -> list[dict]:
+@torch.inference_mode()
+def preset_rivals(model: Model, num_tokens: int) -> list[Rival]:
+    """Presets with the key offsets and key scales that the plugin would give this model."""
+    _, keys = model.queries_and_keys(pass_token_ids(model.config.vocab_size, PASS_TOKENS))
+    bases = model.scales_by_norms()
+    return presets(model.offsets(keys, num_tokens), None if bases is None else bases[:, 0].diagonal(dim1=-2, dim2=-1))
+
+
+def rival_rows(
+    reader: Reader, rivals: list[Rival | Eviction], reference: Distributions, windows: int, vocab: int, path: Path
+) -> list[dict]:
     """Rows of all rivals, simulated, but for those that `path` has from an earlier run; written there one by one."""
     rows = {row["cache"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     slots, context = reader.num_layers * reader.num_kv_heads, reader.ids.shape[1]
     late = second_halves(reference, windows)
-    for rival in (*RIVALS, *EVICTIONS):
+    for rival in rivals:
         if rival.name in rows:
             continue
         if isinstance(rival, Eviction):
@@ -113,11 +127,12 @@ def main(argv: list[str]) -> int:
     all_windows = build_tasks(AutoTokenizer.from_pretrained(job["model"]), Size(**job["size"]).text_only()).windows
     windows = all_windows[: arguments.windows]
     reference = first_windows(result.text, len(all_windows), len(windows))
-    network = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    reader = Reader(network, windows, job["engine"]["long_prefill_token_threshold"], job["top"])
+    model = Model(job["model"])
+    rivals = [*preset_rivals(model, len(windows[0])), *RIVALS, *EVICTIONS]
+    reader = Reader(model.network, windows, job["engine"]["long_prefill_token_threshold"], job["top"])
     rows = served_rows(directory, reference, len(windows), len(all_windows))
     vocab, path = result.report["vocab_size"], directory / f"rivals-{len(windows)}-windows.json"
-    rows += rival_rows(reader, reference, len(windows), vocab, path)
+    rows += rival_rows(reader, rivals, reference, len(windows), vocab, path)
     rows.sort(key=lambda row: -row["bytes_per_token"])
     (directory / "table.json").write_text(json.dumps({"model": job["model"], "rows": rows}, indent=2) + "\n")
     print_table(f"{Path(job['model']).name}, {len(windows)} windows of {len(windows[0])} tokens", COLUMNS,

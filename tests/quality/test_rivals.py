@@ -37,7 +37,7 @@ def error(kept: torch.Tensor, x: torch.Tensor) -> float:
     ],
 )
 def test_squared_error_of_gaussian_vectors(name, of_keys, of_values, x):
-    keys, values = BY_NAME[name].layer(HEAD_DIM).round_trip(x, x)
+    keys, values = BY_NAME[name].layer(HEAD_DIM, 0).round_trip(x, x)
     assert error(keys, x) == pytest.approx(of_keys, rel=0.05)
     assert error(values, x) == pytest.approx(of_values, rel=0.05)
 

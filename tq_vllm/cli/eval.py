@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from tq_vllm.cli.capacity import parse_memory
@@ -26,6 +27,8 @@ def add_parser(commands) -> None:
                         help="formats to measure beside auto (default: fp8 and every preset)")  # fmt: skip
     parser.add_argument("--size", choices=("ci", "small", "full"),
                         help="how much text and how many tasks (default: small on a CPU, full on a GPU)")  # fmt: skip
+    parser.add_argument("--needles", nargs="+", type=int, metavar="TOKENS",
+                        help="lengths of text around a needle (default: those of the size)")  # fmt: skip
     parser.add_argument("--text-only", action="store_true", help="perplexity, KL and top-1 alone, no tasks")
     parser.add_argument("--dtype", help="of the model (default: float32 on a CPU, the checkpoint's on a GPU)")
     parser.add_argument("--kv-cache-memory", type=parse_memory, metavar="SIZE",
@@ -68,11 +71,15 @@ def measure(arguments: argparse.Namespace, directory: Path) -> tuple[list[dict],
 
     cuda = torch.cuda.is_available()
     size_name = arguments.size or ("full" if cuda else "small")
-    size = SIZES[size_name].text_only() if arguments.text_only else SIZES[size_name]
+    size = SIZES[size_name]
+    if arguments.needles:
+        size = replace(size, needle_lengths=tuple(arguments.needles))
+    longest = longest_sequence(size)
+    size = size.text_only() if arguments.text_only else size
     model = arguments.model or str(demo_model())
     memory = arguments.kv_cache_memory or (None if cuda else parse_memory(CPU_MEMORY))
     options = {"dtype": arguments.dtype or ("auto" if cuda else "float32")}
-    options["max_model_len"] = longest_sequence(SIZES[size_name])
+    options["max_model_len"] = longest
     options |= {"kv_cache_memory_bytes": memory} if memory else {}
     options |= {} if cuda else {"enforce_eager": True}  # compiling on a CPU takes a minute and gains nothing
 
