@@ -28,7 +28,7 @@ PERPLEXITY = {
     "turboquant:k4v4": 13.88,
     "turboquant:k4v3": 13.99,
     "turboquant:k3v3": 14.42,
-    "turboquant:k3v2": 99.0,
+    "turboquant:k3v2": 14.75,
     "turboquant:k2v2": 16.11,
 }
 NOISE = 1.02
