@@ -11,8 +11,8 @@
 //
 // The rotated query is two signed bytes a coordinate, 128 * high + low. P times the value scale is two bytes, 128 * high + low,
 // relative to its maximum in the group. Products are exact in int32; accumulators start at the bits of 1.5 * 2^23, so that
-// they read as floats. Shares of a unit that end inside it leave partial results (max, sum, output) in a workspace; one warp a
-// row merges those of a CTA, and the last CTA to finish a row merges those of the CTAs, rotates back and stores.
+// they read as floats. A share that holds only a part of a unit leaves a partial result (output, reference, sum) of it in a
+// workspace; the next kernel merges these (merge.cuh). A unit that a share holds whole is finished here.
 #pragma once
 #include <cuda_runtime.h>
 
