@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARR
     store_float(p.out, base + R::element(lane, j), p.dtype, merge.sum == 0 ? 0.0f : merge.output[j] * scale);
 }
 
-// Calls launch(whether NARROW, CTAs, warps of one, arguments of merge_kernel after the first): as many warps a row as leave each no more than
-// 12 partial results, as far as a CTA has them.
+// Calls launch(whether NARROW, CTAs, warps of one, arguments of merge_kernel after the first): as many warps a row as leave
+// each no more than 12 partial results, as far as a CTA has them.
 template <class S, class Launch>
 auto launch_merge(const DecodeParams& p, int max_query_len, int num_shares, Launch launch) {
   const int max_row_blocks = (max_query_len * p.group_size + S::ROWS - 1) / S::ROWS;
