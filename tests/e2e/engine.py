@@ -101,6 +101,8 @@ ENGINE_DEFAULTS = {
 if CUDA:
     # vLLM wants this share of the GPU free at a start, whatever it takes: engines may run beside each other.
     ENGINE_DEFAULTS |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.1}
+# vLLM's default on a GPU, in fewer sizes: torch.compile, decodes in full CUDA graphs.
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from compare import distances, worst
-from engine import CUDA, FAULTS, Phase, Request, Result, run
+from engine import CUDA, FAULTS, GRAPHS, Phase, Request, Result, run
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,6 @@ FEW_BLOCKS = {"max_num_batched_tokens": 512, "block_size": 16, "num_gpu_blocks_o
 # ones): mixed batches, chunked prefill, prefix hits and preemption in one engine. The tests above have the second
 # runner without graphs.
 ALL_AT_ONCE = CHUNKED | {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 34}
-GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 ON_GPU = {"first runner": {}, "first runner, CUDA graphs": GRAPHS, "second runner, CUDA graphs": GRAPHS}
 ENGINES_AT_ONCE = 4  # of a GPU: a core for each that compiles, and one for its helpers
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import distances, worst
-from engine import Phase, Request, Result, run
+from engine import CUDA, GRAPHS, Phase, Request, Result, run
 
 pytestmark = pytest.mark.engine
 
@@ -77,12 +77,17 @@ def test_layers_left_in_the_stock_format(model, text_ids, tmp_path):
     assert _farthest(stock, mixed) < CLOSE
 
 
-def test_ngram_speculation(model, text_ids, tmp_path):
+@pytest.mark.parametrize(
+    "graphs",
+    [False, pytest.param(True, marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])],
+    ids=["eager", "CUDA graphs"],
+)
+def test_ngram_speculation(model, text_ids, tmp_path, graphs):
     """Drafts that the model accepts and drafts that it does not leave the text what it is without them."""
     prompts = [text_ids[i : i + 60] * 3 + text_ids[i : i + 8] for i in (0, 300)]
     phases = [Phase("read", [Request(f"r{i}", p, max_tokens=40) for i, p in enumerate(prompts)])]
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    engine = {"kv_cache_dtype": NEAR_LOSSLESS}
+    engine = {"kv_cache_dtype": NEAR_LOSSLESS} | (GRAPHS if graphs else {})
     plain = run(model, engine, phases, tmp_path)
     drafted = run(model, engine | {"speculative_config": drafts}, phases, tmp_path)
     assert drafted.accepted_drafts >= 10

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
+from engine import GRAPHS  # noqa: E402
 from parallel import CHUNKED, FAULT, OneWorker, make_requests  # noqa: E402
 
 GPUS = torch.cuda.device_count()
@@ -39,7 +40,6 @@ TWO_GPUS = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
-GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 PRESET = "turboquant:k8v8"  # its noise floor is the lowest
 START_SECONDS = 180  # of a server
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
