@@ -16,9 +16,11 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "early_start.cuh"
 #include "offset_scores.cuh"
-#include "row_block.cuh"
+#include "wide_row_block.cuh"
 
 namespace tq {
 
@@ -31,7 +33,8 @@ template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_> struct Shape {
   static constexpr int STAGES = 2;
   static constexpr int STAGE_BYTES = TILES * TILE_BYTES;
   static constexpr int ROW_TILES = ROWS / 4;
-  static constexpr int QUERY_BYTES = 2 * ROWS * D;
+  static constexpr bool WIDE = ROWS >= 16;
+  static constexpr int QUERY_BYTES = 2 * ROWS * D + (WIDE ? 16 * ROWS : 0);
   static constexpr int PARTIAL_ROW = D + 4;  // floats of a row of a partial result: output [D], reference, sum, two unused
   static constexpr int PARTIAL_FLOATS = ROWS * PARTIAL_ROW;
   static constexpr int MAX_WARPS = ROWS == 4 && D < 192 ? 12 : 8;  // 168 or 255 registers a lane
@@ -134,8 +137,9 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   __syncwarp();
   enter();
 
-  RowBlock<S> rows;
-  typename RowBlock<S>::QueryBits bits;
+  using Rows = std::conditional_t<S::WIDE, WideRowBlock<S>, RowBlock<S>>;
+  Rows rows;
+  typename Rows::QueryBits bits;
   rows.fetch(p, current, bits, lane);
   load(0);
 
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
     if (p.key_offset) OffsetScores<S>::fill(p, current, position, count * GROUP, offsets, lane);
     if (enters) {
       whole = current.group == 0;
-      rows.prepare(p, bits, query_bytes, lane);
+      rows.prepare(p, current, bits, query_bytes, lane);
     }
     if (at == begin) {  // not before: copies are served in order, and every warp waits for its first one
 #pragma unroll
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
           offset[t] = offsets[position / SEGMENT_TOKENS % SEGMENTS_AT_ONCE * S::ROWS + 4 * t + (lane & 3)];
       }
       Copier::wait<S::STAGES>(barriers + stage, parity);
-      rows.add(ring + stage * S::STAGE_BYTES, position, offset, p.logits_soft_cap, lane);
+      rows.add(ring + stage * S::STAGE_BYTES, query_bytes, position, offset, p.logits_soft_cap, lane);
       __syncwarp();
       load(stage);
       if (++stage == S::STAGES) stage = 0, parity ^= 1;

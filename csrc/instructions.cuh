@@ -43,6 +43,13 @@ __device__ __forceinline__ void mma_16bit(float (&d)[4], bool bfloat16, uint32_t
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Two numbers n as float16, from 1024 + 128 + n.
+__device__ __forceinline__ uint32_t half_bytes(uint32_t x) {
+  uint32_t y;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0xE480E480u));
+  return y;
+}
+
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

@@ -84,8 +84,8 @@ template <class S> __host__ __device__ constexpr int merge_shared_bytes(int num_
 
 // Grid: (request, KV head, block of rows of max_row_blocks, ROWS / rows of a CTA). A CTA has blockDim / 32 / parts rows. NARROW:
 // for one part; a row has few partial results then, and there are many rows: they fit a multiprocessor together.
-template <class S, bool NARROW>
-__global__ void __launch_bounds__(NARROW ? 32 * S::ROWS : 32 * MERGE_WARPS, NARROW ? 40 / S::ROWS : 1)
+template <class S, bool NARROW, int WARPS = NARROW && S::ROWS < MERGE_WARPS ? S::ROWS : MERGE_WARPS>
+__global__ void __launch_bounds__(32 * WARPS, NARROW ? 40 / WARPS : 1)
     merge_kernel(const __grid_constant__ DecodeParams p, int num_shares, int max_row_blocks, int parts) {
   using R = Row<S::D>;
   using M = Merge<S, (NARROW ? 16 : 48) / R::PER_LANE>;

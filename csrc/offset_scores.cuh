@@ -1,6 +1,6 @@
 // What the key offset adds to scores: q . offset of a segment, for 32 segments of a KV head at a time.
 //
-// An m16n8k16 product has segments as rows and query rows as columns: query row q in column 2q, query row 4 + q in 2q + 1, so
+// An m16n8k16 product has segments as rows and up to eight query rows as columns: row q in column 2q, row 4 + q in 2q + 1, so
 // that a lane gets the rows it has the scores of. A lane takes eight neighbouring coordinates for two steps of the reduction.
 #pragma once
 #include "row_block.cuh"
@@ -35,33 +35,37 @@ template <class S> struct OffsetScores {
     const int g = lane >> 2, q = lane & 3, first = position / SEGMENT_TOKENS;
     if (p.dtype != FLOAT32 && p.dtype == p.offset_dtype && p.vector_rows && p.vector_offsets) {
       const int sets = min(((position + num_tokens - 1) / SEGMENT_TOKENS - first) / 16 + 1, SETS);
-      const int64_t at = query_at(p, c, c.row_block * S::ROWS + (S::ROW_TILES > 1 && g & 1 ? 4 : 0) + (g >> 1));
-      uint32_t query[D / 32][4] = {};
-      if (at >= 0)
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) load_eight(query[i], p.query, at + 32 * i + 8 * q);
-      __syncwarp();
 #pragma unroll 1
-      for (int s = 0; s < sets; s++) {
-        uint32_t segment[2][D / 32][4];
+      for (int first_row = 0; first_row < S::ROWS; first_row += 8) {
+        const int64_t at = query_at(p, c, c.row_block * S::ROWS + first_row + (S::ROW_TILES > 1 && g & 1 ? 4 : 0) + (g >> 1));
+        uint32_t query[D / 32][4] = {};
+        if (at >= 0)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int64_t from = segment_at(p, c, first + 16 * s + 8 * h + g) + 8 * q;
+          for (int i = 0; i < D / 32; i++) load_eight(query[i], p.query, at + 32 * i + 8 * q);
+        __syncwarp();
+#pragma unroll 1
+        for (int s = 0; s < sets; s++) {
+          uint32_t segment[2][D / 32][4];
 #pragma unroll
-          for (int i = 0; i < D / 32; i++) load_eight(segment[h][i], p.key_offset, from + 32 * i);
+          for (int h = 0; h < 2; h++) {
+            const int64_t from = segment_at(p, c, first + 16 * s + 8 * h + g) + 8 * q;
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) load_eight(segment[h][i], p.key_offset, from + 32 * i);
+          }
+          float product[4] = {};
+#pragma unroll
+          for (int i = 0; i < D / 32; i++)
+#pragma unroll
+            for (int w = 0; w < 4; w += 2)
+              mma_16bit(product, p.dtype == BFLOAT16, segment[0][i][w], segment[1][i][w], segment[0][i][w + 1],
+                        segment[1][i][w + 1], query[i][w], query[i][w + 1]);
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int t = 0; t < S::ROW_TILES && t < 2; t++)
+              table[(first + 16 * s + 8 * h + g) % SEGMENTS_AT_ONCE * S::ROWS + first_row + 4 * t + q] =
+                  product[2 * h + t] * unit;
         }
-        float product[4] = {};
-#pragma unroll
-        for (int i = 0; i < D / 32; i++)
-#pragma unroll
-          for (int w = 0; w < 4; w += 2)
-            mma_16bit(product, p.dtype == BFLOAT16, segment[0][i][w], segment[1][i][w], segment[0][i][w + 1],
-                      segment[1][i][w + 1], query[i][w], query[i][w + 1]);
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-          for (int t = 0; t < S::ROW_TILES; t++)
-            table[(first + 16 * s + 8 * h + g) % SEGMENTS_AT_ONCE * S::ROWS + 4 * t + q] = product[2 * h + t] * unit;
       }
     } else {  // rare: a lane a segment
       const int64_t from = segment_at(p, c, first + lane);

@@ -82,25 +82,29 @@ template <class S> struct RowBlock {
     }
   }
 
-  // Begin to load the rows of the unit at `c`; `bits` are for `prepare`.
-  struct QueryBits {
-    float x[RT][D / 64][8];
+  // Row `row` of the block at `c`: the query it is, and the positions it sees.
+  struct Place {
+    bool real;
+    int token, member, begin, end;
+    __device__ __forceinline__ int64_t query(const DecodeParams& p, const Cursor& c) const {
+      return (c.request.query_start + token) * p.query_stride_token +
+             (c.head * p.group_size + member) * p.query_stride_head;
+    }
   };
-  __device__ __forceinline__ void fetch(const DecodeParams& p, const Cursor& c, QueryBits& bits, int lane) {
-    const int q = lane & 3, g = lane >> 2;
+  static __device__ __forceinline__ Place place(const DecodeParams& p, const Cursor& c, int row) {
+    Place at;
+    row += c.row_block * S::ROWS;
+    at.real = row < c.request.query_len * p.group_size;
+    at.token = unsigned(row) / unsigned(p.group_size), at.member = row - at.token * p.group_size;
+    const int context = c.request.seq_len - c.request.query_len;
+    at.end = at.real ? context + at.token + 1 : c.request.seq_len;
+    at.begin = at.real && p.sliding_window > 0 ? context + at.token + 1 - p.sliding_window : 0;
+    return at;
+  }
+
+  __device__ __forceinline__ void set_limits(const DecodeParams& p, const Cursor& c) {
     const int num_rows = c.request.query_len * p.group_size, first_row = c.row_block * S::ROWS;
     const int context = c.request.seq_len - c.request.query_len;
-#pragma unroll
-    for (int t = 0; t < RT; t++) {
-      const int row = c.row_block * S::ROWS + 4 * t + q;
-      const bool real = row < num_rows;
-      const int token = unsigned(row) / unsigned(p.group_size), member = row - token * p.group_size;
-      row_end[t] = real ? context + token + 1 : c.request.seq_len;
-      row_begin[t] = real && p.sliding_window > 0 ? context + token + 1 - p.sliding_window : 0;
-      const int64_t base = (c.request.query_start + token) * p.query_stride_token +
-                           (c.head * p.group_size + member) * p.query_stride_head + 8 * g;
-      load_bits(bits.x[t], p.query, base, p.dtype, p.vector_rows, real);
-    }
     const int first_position = context + first_row / p.group_size;
     const int last_position = context + (min(first_row + S::ROWS, num_rows) - 1) / p.group_size;
     begin = p.sliding_window > 0 ? first_position - p.sliding_window + 1 : 0;
@@ -109,8 +113,23 @@ template <class S> struct RowBlock {
     all_end = first_position + 1;
   }
 
+  // Begin to load the rows of the unit at `c`; `bits` are for `prepare`.
+  struct QueryBits {
+    float x[RT][D / 64][8];
+  };
+  __device__ __forceinline__ void fetch(const DecodeParams& p, const Cursor& c, QueryBits& bits, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+#pragma unroll
+    for (int t = 0; t < RT; t++) {
+      const Place at = place(p, c, 4 * t + q);
+      row_begin[t] = at.begin, row_end[t] = at.end;
+      load_bits(bits.x[t], p.query, at.query(p, c) + 8 * g, p.dtype, p.vector_rows, at.real);
+    }
+    set_limits(p, c);
+  }
+
   // Rotate and quantize the query and start the softmax. bytes: [ROWS][high, low][D] of this warp.
-  __device__ __forceinline__ void prepare(const DecodeParams& p, const QueryBits& bits, uint8_t* bytes, int lane) {
+  __device__ __forceinline__ void prepare(const DecodeParams& p, const Cursor&, const QueryBits& bits, uint8_t* bytes, int lane) {
     const int q = lane & 3, g = lane >> 2;
     __syncwarp();
 #pragma unroll
@@ -119,13 +138,9 @@ template <class S> struct RowBlock {
       const int row = 4 * t + q;
 #pragma unroll
       for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits.x[t][n >> 3], n & 7, p.dtype);
-      flip_signs(x, lane);
-      butterflies(x, lane);
-      float maximum = 0;
+      rotate(x, lane);
       int total = 0;
-#pragma unroll
-      for (int n = 0; n < D / 8; n++) maximum = fmaxf(maximum, fabsf(x[n >> 3][n >> 2 & 1][n & 3]));
-      maximum = max_over_tokens(maximum);
+      float maximum = largest(x);
       const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
 #pragma unroll
       for (int i = 0; i < D / 64; i++) {
@@ -137,7 +152,8 @@ template <class S> struct RowBlock {
       }
       // A NaN escapes fmaxf: let it reach the scores.
       if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];
-      set_scale(p, t, maximum, sum_over_tokens(total));
+      query_scale[t] = scale_of(p, maximum);
+      query_shift[t] = shift_of(query_scale[t], sum_over_tokens(total));
     }
     __syncwarp();
 #pragma unroll
@@ -162,14 +178,25 @@ template <class S> struct RowBlock {
     low = prmt(low, n & 127, 0x4321);
   }
 
-  __device__ __forceinline__ void set_scale(const DecodeParams& p, int t, float maximum, int total) {
-    query_scale[t] =
-        maximum * (1.0f / QUERY_MAX) * rsqrtf(float(D)) * p.softmax_scale * LOG2_E * centroid_unit<S::KEY_BITS>();
-    query_shift[t] = ((HAS_HALF<S::KEY_BITS> ? 0.5f * total : 0.0f) - MAGIC) * query_scale[t];
+  static __device__ __forceinline__ void rotate(Coordinates& x, int lane) {
+    flip_signs(x, lane);
+    butterflies(x, lane);
+  }
+  static __device__ __forceinline__ float largest(const Coordinates& x) {
+    float maximum = 0;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) maximum = fmaxf(maximum, fabsf(x[n >> 3][n >> 2 & 1][n & 3]));
+    return max_over_tokens(maximum);
+  }
+  static __device__ __forceinline__ float scale_of(const DecodeParams& p, float maximum) {
+    return maximum * (1.0f / QUERY_MAX) * rsqrtf(float(D)) * p.softmax_scale * LOG2_E * centroid_unit<S::KEY_BITS>();
+  }
+  static __device__ __forceinline__ float shift_of(float scale, int total) {
+    return ((HAS_HALF<S::KEY_BITS> ? 0.5f * total : 0.0f) - MAGIC) * scale;
   }
 
   // Add the tokens of a group, first position `position`, whose records stand in `stage`; offset: added to every score.
-  __device__ __forceinline__ void add(const uint8_t* stage, int position, const float (&offset)[RT], float soft_cap, int lane) {
+  __device__ __forceinline__ void add(const uint8_t* stage, const uint8_t*, int position, const float (&offset)[RT], float soft_cap, int lane) {
     const int q = lane & 3, g = lane >> 2;
     const bool edge = position < all_begin || position + TILE_TOKENS * S::TILES > all_end;
     float score[S::TILES][RT][2], value_scale[S::TILES][2];

@@ -61,6 +61,13 @@ inline void mma_16bit(float (&d)[4], bool bfloat16, uint32_t a0, uint32_t a1, ui
   });
 }
 
+inline uint32_t half_bytes(uint32_t x) {
+  uint32_t y = 0;
+  for (int i = 0; i < 2; i++)
+    y |= uint32_t(simt_bits<uint16_t>(_Float16(simt_bits<_Float16>(uint16_t(x >> 16 * i)) - _Float16(1152)))) << 16 * i;
+  return y;
+}
+
 // PTX ISA, movmatrix .trans: lane (g, q) has elements (g, 2q) and (g, 2q + 1).
 inline uint32_t transpose_8x8(uint32_t x) {
   const int g = simt::current->lane >> 2, q = simt::current->lane & 3;

@@ -127,6 +127,24 @@ def test_several_query_tokens(query_lens):
     check(head_dim=128, group=4, seq_lens=(10, 100, 400), query_lens=query_lens, with_offset=True)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_many_rows(preset):
+    """Up to 32 query rows in a warp."""
+    check(preset=preset, head_dim=128, group=4, num_kv_heads=1, seq_lens=(12, 70, 150), query_lens=(8, 3, 5))
+
+
+@pytest.mark.parametrize("head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 4, (16, 1, 9))))
+def test_many_rows_of_other_shapes(head_dim, group, query_lens):
+    """Blocks that are not full, and several of a request."""
+    check(head_dim=head_dim, group=group, num_kv_heads=1, seq_lens=(40, 90, 170), query_lens=query_lens)
+
+
+def test_many_rows_with_options():
+    options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
+    for chosen in (*({name: value} for name, value in options.items()), options):
+        check(head_dim=128, group=4, num_kv_heads=1, seq_lens=LENGTHS[4:], query_lens=(7,) * 5, **chosen)
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_dtypes(dtype):
     check(dtype=dtype, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * 9)
@@ -148,6 +166,7 @@ def test_options(head_dim, group, query_len):
         (torch.bfloat16, torch.bfloat16, 256, 2, 3, True),
         (torch.bfloat16, torch.bfloat16, 128, 4, 1, False),
         (torch.bfloat16, torch.float32, 128, 4, 1, True),
+        (torch.bfloat16, torch.bfloat16, 128, 4, 7, True),
     ],
 )
 def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):

@@ -10,17 +10,16 @@ from tq_vllm.ops.cuda_library import DTYPES, check, library, stream_of
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
-MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks of ROWS, each of which reads the cache
-ROWS = (4, 8)  # query rows of a unit of work
-HEAD_DIMS = (64, 128, 256)  # the kernel rotates in registers, by powers of two
+MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks, each of which reads the cache
+ROWS = {64: (4, 8, 32), 128: (4, 8, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
 
 
 def refuse_attention(call: Call) -> str | None:
     """Return None, or why the compiled kernel can't serve an attention call."""
     if call.fresh:
         return "it reads every token from codes, and this step has raw keys and values"
-    if call.head_dim not in HEAD_DIMS:
-        return f"got head size {call.head_dim}, allowed {', '.join(map(str, HEAD_DIMS))}"
+    if call.head_dim not in ROWS:
+        return f"got head size {call.head_dim}, allowed {', '.join(map(str, ROWS))}"
     if call.group * call.max_query_len > MAX_QUERY_ROWS:
         return f"got {call.group * call.max_query_len} query rows a KV head, allowed {MAX_QUERY_ROWS}"
     return None
@@ -68,8 +67,8 @@ class _Launch(ctypes.Structure):
 
 
 def _rows_of(head_dim: int, query_rows: int) -> int:
-    """Query rows of a unit of work; eight outputs of 256 numbers do not fit a warp's registers."""
-    return ROWS[0] if query_rows <= ROWS[0] or head_dim == 256 else ROWS[1]
+    """Query rows of a unit of work, for so many of a request and KV head: what fits a warp's registers."""
+    return next((rows for rows in ROWS[head_dim] if query_rows <= rows), ROWS[head_dim][-1])
 
 
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
