@@ -37,6 +37,7 @@ int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaS
     if (launch.rows == 4) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream);            \
     if constexpr (TQ_HEAD_DIM == 256) return launch_shape<Shape<K, V, 256, 16>>(params, launch, stream);        \
     if (launch.rows == 8) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 8>>(params, launch, stream);            \
+    if (launch.rows == 16) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 16>>(params, launch, stream);          \
     return launch_shape<Shape<K, V, TQ_HEAD_DIM, 32>>(params, launch, stream);                                 \
   }
   TQ_PRESETS(TQ_TRY)

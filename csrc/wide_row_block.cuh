@@ -36,33 +36,40 @@ template <class S> struct WideRowBlock : RowBlock<S> {
     const int q = lane & 3, g = lane >> 2;
     __syncwarp();
 #pragma unroll 1
-    for (int t = 0; t < RT; t++) {
-      float bits[D / 64][8];
-      const typename Base::Place at = Base::place(p, c, 4 * t + q);
-      load_bits(bits, p.query, at.query(p, c) + 8 * g, p.dtype, p.vector_rows, at.real);
-      Coordinates x;
+    for (int first = 0; first < RT; first += 4) {  // what registers have room for waits for memory together
+      float bits[4][D / 64][8];
+      typename Base::Place at[4];
 #pragma unroll
-      for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits[n >> 3], n & 7, p.dtype);
-      Base::rotate(x, lane);
-      int total = 0;
-      float maximum = Base::largest(x);
-      const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < D / 64; i++) {
-        uint32_t high[2] = {}, low[2] = {};
-#pragma unroll
-        for (int n = 0; n < 8; n++) Base::quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
-        const int group = 8 * i + g, in_chunk = group % (4 * Key::CHUNK);
-        const int s = group / (4 * Key::CHUNK) * Key::CHUNK + in_chunk % Key::CHUNK;
-        uint2* operand = reinterpret_cast<uint2*>(bytes) + (s * RT + t) * 32 + 8 * q + in_chunk / Key::CHUNK;
-        operand[0] = make_uint2(high[0], high[1]);
-        operand[4] = make_uint2(low[0], low[1]);
+      for (int t = 0; t < 4; t++) {
+        at[t] = Base::place(p, c, 4 * (first + t) + q);
+        load_bits(bits[t], p.query, at[t].query(p, c) + 8 * g, p.dtype, p.vector_rows, at[t].real);
       }
-      if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];  // a NaN escapes fmaxf
-      total = sum_over_tokens(total);
-      if (g == 0) {
-        const float scale = Base::scale_of(p, maximum);
-        infos(bytes)[4 * t + q] = {scale, Base::shift_of(scale, total), at.begin, at.end};
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+        Coordinates x;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits[t][n >> 3], n & 7, p.dtype);
+        Base::rotate(x, lane);
+        int total = 0;
+        float maximum = Base::largest(x);
+        const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < D / 64; i++) {
+          uint32_t high[2] = {}, low[2] = {};
+#pragma unroll
+          for (int n = 0; n < 8; n++) Base::quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
+          const int group = 8 * i + g, in_chunk = group % (4 * Key::CHUNK);
+          const int s = group / (4 * Key::CHUNK) * Key::CHUNK + in_chunk % Key::CHUNK;
+          uint2* operand = reinterpret_cast<uint2*>(bytes) + (s * RT + first + t) * 32 + 8 * q + in_chunk / Key::CHUNK;
+          operand[0] = make_uint2(high[0], high[1]);
+          operand[4] = make_uint2(low[0], low[1]);
+        }
+        if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];  // a NaN escapes fmaxf
+        total = sum_over_tokens(total);
+        if (g == 0) {
+          const float scale = Base::scale_of(p, maximum);
+          infos(bytes)[4 * (first + t) + q] = {scale, Base::shift_of(scale, total), at[t].begin, at[t].end};
+        }
       }
     }
     __syncwarp();

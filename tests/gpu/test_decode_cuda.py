@@ -57,7 +57,7 @@ def test_presets(preset):
     check(preset=preset, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * len(LENGTHS))
 
 
-@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.HEAD_DIMS, PRESETS)))
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, PRESETS)))
 def test_head_dims(head_dim, preset):
     check(preset=preset, head_dim=head_dim, group=4, seq_lens=(300, 17, 1, 64), query_lens=(1, 1, 1, 1))
 
@@ -74,7 +74,21 @@ def test_groups(group):
 
 @pytest.mark.parametrize("query_lens", ((2, 1, 3), (4, 4, 4), (1, 0, 7), (10, 5, 16)))
 def test_several_query_tokens(query_lens):
-    check(head_dim=128, group=4, seq_lens=(10, 100, 700), query_lens=query_lens)
+    check(tolerance=5e-4, head_dim=128, group=4, seq_lens=(10, 100, 700), query_lens=query_lens)
+
+
+@pytest.mark.parametrize("query_len", (4, 8))
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, PRESETS)))
+def test_many_rows(head_dim, preset, query_len):
+    """16 and 32 query rows in a warp (16 of head size 256), with every option at once."""
+    check(tolerance=5e-4, preset=preset, head_dim=head_dim, group=4, num_kv_heads=2, seq_lens=(2100, 17, 64, 700),
+          query_lens=(query_len, 3, 2, query_len), sliding_window=600, logits_soft_cap=5.0, with_sinks=True,
+          with_offset=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 8, (8, 1, 5))))
+def test_many_rows_of_other_shapes(head_dim, group, query_lens):
+    check(tolerance=5e-4, head_dim=head_dim, group=group, seq_lens=(40, 900, 3000), query_lens=query_lens)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))

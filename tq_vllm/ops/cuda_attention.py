@@ -11,7 +11,7 @@ from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
 MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks, each of which reads the cache
-ROWS = {64: (4, 8, 32), 128: (4, 8, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
+ROWS = {64: (4, 8, 16, 32), 128: (4, 8, 16, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
 
 
 def refuse_attention(call: Call) -> str | None:
