@@ -30,6 +30,6 @@ extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLa
   TQ_TRY(8, 8, D, R) TQ_TRY(8, 4, D, R) TQ_TRY(5, 4, D, R) TQ_TRY(4, 4, D, R) TQ_TRY(4, 3, D, R) TQ_TRY(3, 3, D, R) TQ_TRY(3, 2, D, R) \
   TQ_TRY(2, 2, D, R)
   TQ_WIDTHS(128, 4) TQ_WIDTHS(64, 8) TQ_WIDTHS(256, 4)
-  TQ_WIDTHS(128, 32) TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
+  TQ_WIDTHS(128, 32) TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 64, 32) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
   return 1;
 }
