@@ -1,9 +1,9 @@
 """Attention logits q . k alone, from 4-bit keys against keys in float32, bf16 and fp8: `python bench/paper/logits.py`.
 
 TurboQuant is said to compute attention logits up to 8 times as fast from 4-bit keys as from 32-bit keys on an H100.
-Here the same queries meet the same number of keys, all in one run: codes by this repository's Triton product, 16 and 32-bit
-keys by torch.matmul and by a Triton kernel of the same shape, whichever is faster, fp8 keys (no scale) by that kernel.
-A time is printed only if its logits agree with float64 logits of what the keys mean.
+Here the same queries meet the same number of keys, all in one run: codes by this repository's Triton product, 16 and
+32-bit keys by torch.matmul and by a Triton kernel of the same shape, whichever is faster, fp8 keys (no scale) by that
+kernel. A time is printed only if its logits agree with float64 logits of what the keys mean.
 """
 
 import argparse
