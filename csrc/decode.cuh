@@ -22,9 +22,6 @@
 #include "offset_scores.cuh"
 #include "wide_row_block.cuh"
 
-#ifndef W16
-#define W16 8
-#endif
 namespace tq {
 
 // Sizes of an instantiation.
@@ -40,7 +37,7 @@ template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_> struct Shape {
   static constexpr int QUERY_BYTES = 2 * ROWS * D + (WIDE ? 16 * ROWS : 0);
   static constexpr int PARTIAL_ROW = D + 4;  // floats of a row of a partial result: output [D], reference, sum, two unused
   static constexpr int PARTIAL_FLOATS = ROWS * PARTIAL_ROW;
-  static constexpr int MAX_WARPS = D >= 192 ? 8 : ROWS == 4 ? 12 : ROWS == 16 ? W16 : 8;  // 168, 200 or 255 registers a lane
+  static constexpr int MAX_WARPS = ROWS == 4 && D < 192 ? 12 : 8;  // 168 or 255 registers a lane
   static constexpr int HEAD_BYTES = 8 * STAGES + 104 & ~15;  // barriers and two cursors
   static constexpr int WARP_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES + HEAD_BYTES;
   static constexpr int OFFSET_BYTES = 4 * SEGMENTS_AT_ONCE * ROWS;  // more with a key offset

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * WARPS, NARROW ? 40 / WARPS : 1)
   }
   before = __reduce_add_sync(~0u, before), all = __reduce_add_sync(~0u, all);
   if (lane == 0) works[2 * warp] = before, works[2 * warp + 1] = all;
-  Request request;
+  Request request{};
   request.load<S>(p, r);
   __syncthreads();
   before = all = 0;
