@@ -1,0 +1,22 @@
+"""The CUDA kernels compile for every compute capability of a wheel (`make build`: all presets and head sizes)."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+ARCHITECTURES = ("80", "90", "100", "120")  # the default of setup.py
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+@pytest.mark.parametrize("source", ["decode_instance", "store_kv_instance"])
+def test_kernels_of_the_default_preset(source, tmp_path):
+    """Head size 64; of the attention kernels those of the default preset."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    defines = ["-DTQ_HEAD_DIM=64", "-DTQ_PRESETS(X)=X(4, 4, 0)"]
+    command = ["nvcc", "-std=c++17", "-O3", *targets, *defines, "-c", f"{source}.cu", "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, cwd=CSRC, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not [line for line in done.stderr.splitlines() if "warning" in line]
