@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from tests.ops.batches import PAGES
 from tq_vllm.config import PRESETS
 from tq_vllm.core.cache import encode_kv, offset_at
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.core.codebooks import page_centroids
 from tq_vllm.core.rotations import get_rotation
-from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage, unpack_words, value_token_order
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage, unpack_words, value_token_order
 from tq_vllm.ops import cuda_library, cuda_ops, torch_ops
 from tq_vllm.ops.torch_pages import tile_records
 
@@ -42,8 +43,8 @@ def read_slots(kv_cache, page, slots):
     order = torch.tensor([value_token_order(t) for t in range(TILE_TOKENS)])[token]
     found = []
     for sections, bits, is_key in (
-        (page.key_sections, page.config.key_bits, True),
-        (page.value_sections, page.config.value_bits, False),
+        (page.key_sections, page.config.key_width, True),
+        (page.value_sections, page.config.value_width, False),
     ):
         words = []
         for s in sections:
@@ -103,7 +104,7 @@ def check_near_ties(page, got, expected, view, key, value, slots, allowed=1e-4):
     reference = read_slots(view(expected), page, slots[stored])
     key, value = key[: len(slots)][stored], value[: len(slots)][stored]
     differing = 0
-    for i, x, bits in ((0, key, page.config.key_bits), (2, value, page.config.value_bits)):
+    for i, x, bits in ((0, key, page.config.key_width), (2, value, page.config.value_width)):
         codes, scale, codes_ref, scale_ref = found[i], found[i + 1], reference[i], reference[i + 1]
         differing += int((codes != codes_ref).sum())
         rows = (codes != codes_ref).any(-1)
@@ -127,8 +128,7 @@ def check_untouched(page, got, expected, view, slots):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "turboquant:k4v4"])
+@pytest.mark.parametrize("preset, head_dim", [p for p in PAGES if p[0] != "turboquant:k4v4"])
 def test_bytes(preset, head_dim):
     generator = torch.Generator().manual_seed(head_dim)
     for dtype, block_size, padding in zip(DTYPES, (16, 64, 48), (0, 48, 16), strict=True):

@@ -33,6 +33,8 @@ def supports(call: Call) -> str | None:
 
 def _refuse_store(call: Call) -> str | None:
     config = get_config(call.preset)
+    if config.trellis:
+        return "it has no search for trellis codes"
     if len(config.scale_search) > MAX_CANDIDATES:
         return f"got {len(config.scale_search)} scale candidates, allowed {MAX_CANDIDATES}"
     for bits in {config.key_bits, config.value_bits} - {8}:
