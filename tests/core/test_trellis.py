@@ -125,5 +125,5 @@ def test_codes_are_pinned():
     assert "".join(map(str, codes.tolist())) == "1333331110121012333333322322232222222232332333232222233233223322"
     assert scale == 15.078125
     codes, scale = encode_vectors(y, TRELLIS + 3, "norm", TRELLIS_SCALE_SEARCH)
-    assert "".join(map(str, codes.tolist())) == "2223324233555555545444454454545545567776677766666676776767474745"
+    assert "".join(map(str, codes.tolist())) == "2223324233555555545444454454545567776677766666676776767467474745"
     assert scale == 18.71875

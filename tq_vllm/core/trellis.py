@@ -23,6 +23,7 @@ import torch
 from tq_vllm.core.codebooks import trellis_centroids
 
 BLOCK = 32
+TIE = 1 + 2**-16  # sums of distances this near to each other count as equal, so that rounding does not choose
 STATES = 8  # the coded bits before a coordinate: bit t - 1 is u_{p-t}
 
 
@@ -50,7 +51,7 @@ def _to_blocks(x: torch.Tensor) -> torch.Tensor:
 def _from_blocks(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Inverse of `_to_blocks`: [32, n * dim / 32] -> [n, dim]."""
     blocks = dim // BLOCK
-    return x.view(8, 4, -1, blocks).permute(2, 1, 3, 0).reshape(-1, dim)
+    return x.view(8, 4, x.shape[1] // blocks, blocks).permute(2, 1, 3, 0).reshape(x.shape[1] // blocks, dim)
 
 
 @functools.cache
@@ -75,18 +76,18 @@ def _forward(branches: torch.Tensor) -> torch.Tensor:
     """Least distance of a path through the block to each state after it, from any state: [8, n]."""
     metric = branches.new_zeros(STATES, branches.shape[-1])
     for step in branches:
-        old, young = (metric.view(2, 4, 1, -1) + step).unbind()
+        old, young = (metric.view(2, 4, 1, branches.shape[-1]) + step).unbind()
         metric = torch.minimum(old, young)
-    return metric.view(STATES, -1)
+    return metric.view(STATES, branches.shape[-1])
 
 
 def _backward(branches: torch.Tensor) -> torch.Tensor:
     """Least distance of a path through the block from each state before it, to any state: [8, n]."""
     metric = branches.new_zeros(STATES, branches.shape[-1])
     for step in branches.flip(0):
-        zero, one = (metric.view(4, 2, -1) + step).unbind(2)
+        zero, one = (metric.view(4, 2, branches.shape[-1]) + step).unbind(2)
         metric = torch.minimum(zero, one)  # [2, 4, n]
-    return metric.view(STATES, -1)
+    return metric.view(STATES, branches.shape[-1])
 
 
 def _closed_path(branches: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -103,6 +104,11 @@ def _closed_path(branches: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return path.view(STATES, n).gather(0, state[None])[0]
 
 
+def open_distances(y: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of each block y [32, n] to the closest path whose ends are free: [n]."""
+    return _forward(_branches(_distances(y, levels))).amin(0)
+
+
 def closest_paths(y: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Return the coded bits of a path near to each block, int32 [n], bit p of position p; y [32, n].
 
@@ -111,7 +117,8 @@ def closest_paths(y: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     best of all closed paths. Of equals the first wins: state 0, and a last coded bit (the oldest of a state) of 0.
     """
     branches = _branches(_distances(y, levels))
-    return _closed_path(branches, (_forward(branches) + _backward(branches)).argmin(0))
+    distances = _forward(branches) + _backward(branches)  # equal for two states in one block of a thousand
+    return _closed_path(branches, (distances <= distances.amin(0) * TIE).to(torch.uint8).argmax(0))
 
 
 def _subsets_of(coded: torch.Tensor) -> torch.Tensor:
@@ -144,7 +151,7 @@ def search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) ->
     if len(scale_search) > 1:
         scales = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None]  # [candidates, 1]
         y = (blocks[:, None] / scales).flatten(1)
-        open_distance = _forward(_branches(_distances(y, levels))).amin(0).view(len(scale_search), n, -1)
+        open_distance = open_distances(y, levels).view(len(scale_search), n, dim // BLOCK)
         total = sum(open_distance.unbind(-1)) * scales.square()  # [candidates, n]
         best = scales[total.argmin(0), 0]
     y = blocks / best.repeat_interleave(dim // BLOCK)
