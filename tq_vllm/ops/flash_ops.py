@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-from tq_vllm.config import get_config
 from tq_vllm.ops.flash_workspace import temporaries, workspace
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
@@ -38,8 +37,6 @@ def supports(call: Call) -> str | None:
         return "no FlashAttention was provided (the plugin hands over vLLM's when an engine starts)"
     if not call.fresh:
         return "it serves steps with raw keys and values, and this one reads everything from codes"
-    if get_config(call.preset).trellis:
-        return "it does not read trellis codes"
     if call.dtype not in DTYPES:
         return f"got query dtype {call.dtype}, allowed {', '.join(map(str, DTYPES))}"
     if call.long and call.sliding_window:

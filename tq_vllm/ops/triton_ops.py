@@ -4,7 +4,6 @@ import importlib.util
 
 import torch
 
-from tq_vllm.config import get_config
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
@@ -19,8 +18,6 @@ def supports(call: Call) -> str | None:
         return "the package triton is not installed"
     if call.capability is not None and call.capability < (8, 0):
         return f"got compute capability {call.capability[0]}.{call.capability[1]}, allowed 8.0 and later"
-    if get_config(call.preset).trellis:
-        return "it does not read trellis codes"
     if call.dtype not in DTYPES:
         return f"got query dtype {call.dtype}, allowed {', '.join(map(str, DTYPES))}"
     return None
