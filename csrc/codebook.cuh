@@ -5,7 +5,7 @@
 
 namespace tq {
 
-// m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<width>::VALUE.
+// m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<KEY>::VALUE.
 template <int KEY> struct LevelTable;
 template <> struct LevelTable<2> {
   static constexpr int COUNT = 2;

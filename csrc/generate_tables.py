@@ -43,7 +43,7 @@ def codebook() -> str:
     )
     return (
         HEADER
-        + _tables("Level", "m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<width>::VALUE.", levels, "int")
+        + _tables("Level", "m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<KEY>::VALUE.", levels, "int")
         + _tables("Step", "Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
         + "\n// The unit of a width: 12 significant bits.\ntemplate <int BITS> struct Unit;\n"
         + units

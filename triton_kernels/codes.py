@@ -4,10 +4,10 @@ A tile is BN consecutive tokens of one request and one KV head; BN is a multiple
 of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
 scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
 
-All widths but 8 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
-and a sign bit for coordinate k of the group. Of trellis codes the index counts the levels upwards and the sign bit is its
-fourth bit. From there two ways lead to numbers: `expand`, plain Triton, for every
-width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
+All widths but 8 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k ..
+4k+2 and a sign bit for coordinate k of the group. Of trellis codes the index counts the levels upwards and the sign bit
+is its fourth bit. From there two ways lead to numbers: `expand`, plain Triton, for every width; and `lookup`, where one
+`prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
 """
 
 import functools
@@ -108,9 +108,10 @@ def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
 def lookup_asm(bits: int, dtype: tl.dtype) -> str:
     """PTX: words $8 and $9 in nibble form -> $0 .. $7, number k of both words as a pair of dtype.
 
-    5 bits: $10 and $11 hold the lowest bits as `_plane_1` gives them; a table of differences turns the numbers of even
-    indices into those of odd ones. Trellis codes of 3 bits do the same with the lower and the upper half of their levels. All tables are XORed with a zero that the compiler can't see through, or it would
-    build every literal anew at each use. dtype: tl.float16 or tl.bfloat16.
+    5 bits: $10 and $11 hold the lowest bits as `_plane_1` gives them; a table of differences turns the numbers of
+    even indices into those of odd ones. Trellis codes of 3 bits do the same with the lower and the upper half of
+    their levels. All tables are XORed with a zero that the compiler can't see through, or it would build every
+    literal anew at each use. dtype: tl.float16 or tl.bfloat16.
     """
     entries, torch_dtype = _entries(bits), torch.float16 if dtype == tl.float16 else torch.bfloat16
     halves = {5: (entries[::2], entries[1::2]), TRELLIS + 3: (entries[:8], entries[8:])}.get(bits, (entries, None))
