@@ -31,7 +31,7 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
 
 // Eight rows of 256 do not fit the registers, nor do 32.
 int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(3, 2) X(2, 2)  // key bits, value bits
+#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(3, 2) X(2, 2) X(19, 19) X(18, 18)  // widths of keys and values
 #define TQ_TRY(K, V)                                                                                           \
   if (launch.key_bits == K && launch.value_bits == V) {                                                        \
     if (launch.rows == 4) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream);            \

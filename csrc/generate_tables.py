@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.config import TRELLIS
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_LEVELS, TRELLIS_UNIT
 from tq_vllm.core.hadamard import base_matrix
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
@@ -30,17 +31,19 @@ def _tables(name: str, comment: str, rows: dict[int, list[str]], value_type: str
 
 
 def codebook() -> str:
-    levels = {bits: [str(m) for m in row] for bits, row in PAGE_LEVELS.items()}
+    trellis_levels = {TRELLIS + bits: row for bits, row in TRELLIS_LEVELS.items()}
+    trellis_units = {TRELLIS + bits: unit for bits, unit in TRELLIS_UNIT.items()}
+    levels = {width: [str(m) for m in row] for width, row in (PAGE_LEVELS | trellis_levels).items()}
     steps = {
         bits: [str(a + b + 1) for a, b in zip(row[:-1], row[1:], strict=True)] for bits, row in PAGE_LEVELS.items()
     }
     units = "".join(
         f"template <> struct Unit<{bits}> {{ static constexpr float VALUE = {unit.hex()}f; }};\n"
-        for bits, unit in PAGE_UNIT.items()
+        for bits, unit in (PAGE_UNIT | trellis_units).items()
     )
     return (
         HEADER
-        + _tables("Level", "m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.", levels, "int")
+        + _tables("Level", "m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<KEY>::VALUE.", levels, "int")
         + _tables("Step", "Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
         + "\n// The unit of a width: 12 significant bits.\ntemplate <int BITS> struct Unit;\n"
         + units

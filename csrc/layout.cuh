@@ -4,13 +4,14 @@
 namespace tq {
 
 constexpr int TILE_TOKENS = 16;
+constexpr int TRELLIS = 16;         // a width of TRELLIS + b is b bits a coordinate, trellis-coded
 constexpr int SEGMENT_TOKENS = 64;  // a key offset is constant over this many absolute positions
 
-__host__ __device__ constexpr int num_planes(int bits) { return bits == 5 || bits == 3 ? 2 : 1; }
+__host__ __device__ constexpr int num_planes(int bits) { return bits == 5 || bits == 3 || bits > TRELLIS ? 2 : 1; }
 
 // Bits a coordinate takes in plane 0 or 1 of a width.
 __host__ __device__ constexpr int plane_bits(int bits, int plane) {
-  return plane == 1 ? 1 : bits == 5 ? 4 : bits == 3 ? 2 : bits;
+  return plane == 1 ? 1 : bits == 5 ? 4 : bits == 3 ? 2 : bits > TRELLIS ? bits - TRELLIS - 1 : bits;
 }
 
 __host__ __device__ constexpr int words_per_token(int plane_bits, int head_dim) { return (head_dim * plane_bits + 31) / 32; }
@@ -36,6 +37,11 @@ __host__ __device__ constexpr int coordinate_bit(int plane_bits, int c) {
 
 // Bit of the sign of coordinate c in its word of plane 4.
 __host__ __device__ constexpr int sign_bit(int c) { return 8 * (c % 4) + (c % 8 < 4 ? 7 : 3); }
+
+// The lower bit of coordinate k of the j-th group of a trellis block in its word of plane 1 (coded or, of 2 bits, uncoded) or
+// of plane 2 (uncoded: word j % 2 of the block), and there its upper bit.
+__host__ __device__ constexpr int trellis_bit(int plane_bits, int j, int k) { return plane_bits == 1 ? 4 * k + j : 4 * k + j / 2 * 2; }
+__host__ __device__ constexpr int trellis_top_bit(int j, int k) { return sign_bit(k) - 2 + j / 2 * 2; }
 
 // Byte offsets in a tile record of 16 tokens. A key word stands at plane + 4 * (token * words + word), a value word at
 // plane + 4 * (word * 16 + value_token_order(token)), a scale at 2 * token.

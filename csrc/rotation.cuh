@@ -9,12 +9,17 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // How LANES consecutive lanes hold a vector: lane q has coordinates r * STRIDE + q * RUN + j, r < ROWS, j < RUN. The matrix
 // is kron(base matrix of order BASE, Sylvester matrix); a row is one run of the Sylvester part where BASE > 1. Few lanes
-// a vector make the least work, WIDE (where BASE is 1) the shortest way through a single vector.
-template <int HEAD_DIM_, bool WIDE>
+// a vector make the least work, WIDE (where BASE is 1) the shortest way through a single vector; BLOCKS: a lane holds one
+// trellis block, with its j-th group in row j.
+enum Spread { NARROW, WIDE, BLOCKS };
+template <int HEAD_DIM_, Spread SPREAD>
 struct VectorShape {
   static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr int BASE = HEAD_DIM == 80 ? 20 : HEAD_DIM == 112 ? 28 : HEAD_DIM == 96 || HEAD_DIM == 192 ? 12 : 1;
-  static constexpr int LANES = WIDE && BASE == 1 ? HEAD_DIM / 8 : HEAD_DIM >= 192 ? 8 : 4;
+  static constexpr int LANES = SPREAD == BLOCKS              ? HEAD_DIM / 32
+                               : SPREAD == WIDE && BASE == 1 ? HEAD_DIM / 8
+                               : HEAD_DIM >= 192             ? 8
+                                                             : 4;
   static constexpr int STRIDE = BASE > 1 ? HEAD_DIM / BASE : 8 * LANES;
   static constexpr int RUN = STRIDE / LANES;
   static constexpr int ROWS = HEAD_DIM / STRIDE;

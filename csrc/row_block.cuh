@@ -32,8 +32,8 @@ template <class T> __device__ __forceinline__ T sum_over_tokens(T x) {
 
 template <class S> struct RowBlock {
   static constexpr int RT = S::ROW_TILES, D = S::D;
-  using Key = KeyCodes<S::KEY_BITS, D>;
-  using Value = ValueCodes<S::VALUE_BITS, D>;
+  using Key = KeysOf<S::KEY_BITS, D>;
+  using Value = ValuesOf<S::VALUE_BITS, D>;
   using Coordinates = float[D / 64][2][4];  // 64 i + 8 g + 4 h + j at [i][h][j]
 
   uint32_t query[RT][Key::STEPS][2];       // operand B of the scores

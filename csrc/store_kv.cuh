@@ -16,12 +16,16 @@
 #include "layout.cuh"
 #include "rotation.cuh"
 #include "store_kv.h"
+#include "trellis.cuh"
 
 namespace tq {
 
 constexpr int STORE_THREADS = 256;
 // CTAs of a multiprocessor: three leave 80 registers a thread, each has its own table.
 __host__ __device__ constexpr int store_ctas(int head_dim) { return head_dim == 256 ? 2 : 3; }
+// Dynamic shared memory and CTAs of a multiprocessor for trellis codes, of which every thread holds a block there.
+constexpr int TRELLIS_SHARED_BYTES = TRELLIS_BLOCK * STORE_THREADS * 4, TRELLIS_CTAS = 2;
+constexpr bool has_trellis(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
 constexpr float FLOAT16_MAX = 65504.f;
 constexpr float FLOOR_BIAS = 8388608.f;  // 2^23: adding it with rounding down leaves floor(x) in the low mantissa bits
 constexpr uint32_t TABLE_ROW_BYTES = 32 * 4;
@@ -333,10 +337,51 @@ __device__ __forceinline__ float encode_bytes(
   return length / (root * sqrtf(fmaxf(sum_lanes<Shape::LANES>(square), 1.f)));
 }
 
-// Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role.
-template <int HEAD_DIM, bool WIDE>
-__global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_kernel(const __grid_constant__ StoreParams params) {
-  using Shape = VectorShape<HEAD_DIM, WIDE>;
+// Trellis codes: the scale candidate of the closest open paths, and along one path a block its nearest levels. A lane has block
+// q; column: room for it, of this thread. Other arguments and result as above.
+template <class Shape, int BITS>
+__device__ __forceinline__ float encode_trellis(
+    const float (&x)[Shape::ROWS][Shape::RUN], float length, const StoreRole& role, float* column, Destination to, int q) {
+  const float root = sqrtf(static_cast<float>(Shape::HEAD_DIM));
+  const float gain = length > 0.f ? root / length : 0.f;
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) {
+#pragma unroll
+    for (int j = 0; j < Shape::RUN; j++) column[(4 * j + r) * STORE_THREADS] = x[r][j] * gain;
+  }
+  float cells = role.cells_per_unit[0], least_distance = FLOAT32_MAX;
+#pragma unroll 1
+  for (int i = 0; i < role.num_candidates; i++) {
+    float metric[TRELLIS_STATES];
+    search_forward<BITS, STORE_THREADS>(column, role.cells_per_unit[i], metric);
+    const float distance =
+        sum_lanes<Shape::LANES>(least(metric)) / (role.cells_per_unit[i] * role.cells_per_unit[i]);
+    if (distance < least_distance) least_distance = distance, cells = role.cells_per_unit[i];
+  }
+  float dot = 0.f, square = 0.f;
+  const uint32_t path = closest_path<BITS, STORE_THREADS>(column, cells);
+  TrellisWords words = quantize_along<BITS, STORE_THREADS>(column, cells, path, dot, square);
+  if (length == 0.f) words = {};
+  if (to.tile != nullptr) {
+    uint8_t* row = to.tile + role.plane[0] + to.token * role.token_bytes[0];
+#pragma unroll
+    for (int w = 0; w < plane_bits(BITS, 0); w++)
+      *reinterpret_cast<uint32_t*>(row + (plane_bits(BITS, 0) * q + w) * role.word_bytes) = words.uncoded[w];
+    *reinterpret_cast<uint32_t*>(to.tile + role.plane[1] + to.token * role.token_bytes[1] + q * role.word_bytes) = words.coded;
+  }
+  square = sum_lanes<Shape::LANES>(square);
+  const float norm = length / root;
+  if (role.scale_rule == SCALE_NORM) return norm / (sqrtf(square) * Unit<BITS>::VALUE);
+  if (role.scale_rule == SCALE_UNBIASED) return length * cells / sum_lanes<Shape::LANES>(dot) / Unit<BITS>::VALUE;
+  return norm / root;
+}
+
+// Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role; for trellis codes, which are
+// those of SPREAD = BLOCKS and of both roles, TRELLIS_SHARED_BYTES.
+template <int HEAD_DIM, Spread SPREAD>
+__global__ void __launch_bounds__(STORE_THREADS, SPREAD == BLOCKS ? TRELLIS_CTAS : store_ctas(HEAD_DIM))
+    store_kv_kernel(const __grid_constant__ StoreParams params) {
+  using Shape = VectorShape<HEAD_DIM, SPREAD>;
   extern __shared__ uint4 table[];
   const StoreRole& role = params.role[blockIdx.y];
   const bool is_key = blockIdx.y == 0;
@@ -411,6 +456,13 @@ __global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_
     }
 
     float scale = 0.f;
+    if constexpr (SPREAD == BLOCKS) {
+      float* column = reinterpret_cast<float*>(table) + threadIdx.x;
+      scale = role.bits == TRELLIS + 3 ? encode_trellis<Shape, TRELLIS + 3>(x, length, role, column, to, q)
+                                       : encode_trellis<Shape, TRELLIS + 2>(x, length, role, column, to, q);
+      write_scale(scale, role, place, to, q);
+      continue;
+    }
     switch (role.bits) {
       case 2: scale = encode_levels<Shape, 2>(x, length, role, table_base, to, q); break;
       case 3: scale = encode_levels<Shape, 3>(x, length, role, table_base, to, q); break;

@@ -17,7 +17,7 @@ struct StoreRole {
   int64_t token_stride;   // elements
   int64_t head_stride;    // elements
   int32_t dtype;          // DType
-  int32_t bits;           // 2, 3, 4, 5 or 8
+  int32_t bits;           // 2, 3, 4, 5 or 8; TRELLIS + 2 or 3
   int32_t scale_rule;     // ScaleRule
   int32_t vector_loads;   // 1: x and its strides are multiples of 16 bytes
   int32_t plane[2];       // offset of a code plane

@@ -28,7 +28,7 @@ extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLa
   }
 #define TQ_WIDTHS(D, R) \
   TQ_TRY(8, 8, D, R) TQ_TRY(8, 4, D, R) TQ_TRY(5, 4, D, R) TQ_TRY(4, 4, D, R) TQ_TRY(4, 3, D, R) TQ_TRY(3, 3, D, R) TQ_TRY(3, 2, D, R) \
-  TQ_TRY(2, 2, D, R)
+  TQ_TRY(2, 2, D, R) TQ_TRY(19, 19, D, R) TQ_TRY(18, 18, D, R)
   TQ_WIDTHS(128, 4) TQ_WIDTHS(64, 8) TQ_WIDTHS(256, 4)
   TQ_WIDTHS(128, 32) TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
   return 1;

@@ -60,7 +60,7 @@ def test_head_dim(triton_ops, monkeypatch, head_dim, step):
 
 @pytest.mark.parametrize("step", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("preset", ["turboquant", "turboquant:k3v3", "turboquant:k2v2", "turboquant:k5v4"])
+@pytest.mark.parametrize("preset", [f"turboquant{name}" for name in ("", ":k3v3", ":k2v2", ":k5v4", ":t3")])
 def test_16_bit(triton_ops, monkeypatch, preset, dtype, step):
     check(triton_ops, monkeypatch, preset=preset, dtype=dtype, head_dim=128, **SMALL, **step)
 

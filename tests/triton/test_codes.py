@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from tests.ops.batches import Batch
-from tq_vllm.config import PRESETS
-from tq_vllm.format import SUPPORTED_HEAD_DIMS
+from tests.ops.batches import PAGES, Batch
 from tq_vllm.ops.torch_pages import get_page, read_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_numbers(triton_ops, preset, head_dim):
     """By the plain way, and on a GPU by `prmt` in both orientations too."""
     import triton

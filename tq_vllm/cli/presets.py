@@ -4,7 +4,7 @@ import argparse
 import json
 
 from tq_vllm.cli.table import print_table
-from tq_vllm.config import PRESETS, TurboQuantConfig
+from tq_vllm.config import PRESETS, TRELLIS, TurboQuantConfig
 from tq_vllm.format import TurboQuantPage
 
 HEAD_DIMS = (64, 128)
@@ -17,6 +17,8 @@ PURPOSE = {
     (3, 3): "long contexts",
     (3, 2): "2.5 bits",
     (2, 2): "experiments",
+    (TRELLIS + 3, TRELLIS + 3): "3 bits, trellis-coded",
+    (TRELLIS + 2, TRELLIS + 2): "2 bits, trellis-coded",
 }
 
 
@@ -30,7 +32,7 @@ def preset_row(config: TurboQuantConfig) -> dict:
         "bytes_per_token_and_head": {str(d): n for d, n in slot_bytes.items()},
         "bits_per_coordinate": {str(d): 8 * n / (2 * d) for d, n in slot_bytes.items()},
         "ratio_to_bf16": {str(d): 4 * d / n for d, n in slot_bytes.items()},
-        "purpose": PURPOSE[config.key_bits, config.value_bits],
+        "purpose": PURPOSE[config.key_width, config.value_width],
     }
 
 

@@ -50,7 +50,7 @@ def encode_kv(
         if positions is None:
             raise ValueError("key_offset without positions: pass the absolute position of every token.")
         key = key - offset_at(key_offset, positions).to(key.dtype)
-    key_way, value_way = (config.key_bits, config.key_scale_rule), (config.value_bits, config.value_scale_rule)
+    key_way, value_way = (config.key_width, config.key_scale_rule), (config.value_width, config.value_scale_rule)
     if key_way == value_way:  # as one: half the time for the few vectors of a decode step
         codes, scale = encode_vectors(rotation.forward(torch.stack((key, value))), *key_way, config.scale_search)
         return EncodedKV(codes[0], scale[0], codes[1], scale[1])
@@ -72,8 +72,8 @@ def decode_kv(
     key, value = (
         rotation.inverse(decode_vectors(codes, torch.ones_like(scale), bits).to(dtype) * scale.to(dtype)[..., None])
         for codes, scale, bits in (
-            (encoded.key_codes, encoded.key_scale, config.key_bits),
-            (encoded.value_codes, encoded.value_scale, config.value_bits),
+            (encoded.key_codes, encoded.key_scale, config.key_width),
+            (encoded.value_codes, encoded.value_scale, config.value_width),
         )
     )
     if key_offset is not None:

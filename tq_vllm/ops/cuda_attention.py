@@ -74,7 +74,7 @@ def _rows_of(head_dim: int, query_rows: int) -> int:
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
     config = get_config(preset)
     return _Launch(
-        key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows,
+        key_bits=config.key_width, value_bits=config.value_width, head_dim=head_dim, rows=rows,
         max_query_len=max_query_len,
     )  # fmt: skip
 
