@@ -29,6 +29,8 @@ class TurboQuantConfig:
         scale_search: multipliers tried by the encoder; `(1.0,)` turns the search off.
         key_offset: subtract what a layer's keys have in common, rotated by RoPE: the bias of the key projection where
             the checkpoint has one, and else the mean of a fixed pass.
+        key_sketch: keys also have one sign a coordinate of a sketch of what their codes miss, and its norm: the prod
+            variant of the paper (TurboQuant Alg. 2), of key_bits + 1 bits. Attention scores become unbiased, and noisier.
     """
 
     name: str
@@ -38,6 +40,7 @@ class TurboQuantConfig:
     value_scale_rule: str = "norm"
     scale_search: tuple[float, ...] = SCALE_SEARCH
     key_offset: bool = True
+    key_sketch: bool = False
 
     def __post_init__(self) -> None:
         for what, got, allowed in (
@@ -52,8 +55,14 @@ class TurboQuantConfig:
             raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed numbers above 0.")
 
 
-def _preset(suffix: str, key_bits: int, value_bits: int) -> TurboQuantConfig:
-    return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits)
+    @property
+    def key_width(self) -> str:
+        """Bits of a key's coordinate, for people: "4", or "3+1" where one of them is a sign of the sketch."""
+        return f"{self.key_bits}+1" if self.key_sketch else str(self.key_bits)
+
+
+def _preset(suffix: str, key_bits: int, value_bits: int, **options) -> TurboQuantConfig:
+    return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits, **options)
 
 
 PRESETS: dict[str, TurboQuantConfig] = {
@@ -68,6 +77,7 @@ PRESETS: dict[str, TurboQuantConfig] = {
         _preset(":k3v3", 3, 3),
         _preset(":k3v2", 3, 2),
         _preset(":k2v2", 2, 2),
+        _preset(":prod", 3, 4, key_sketch=True),
     )
 }
 

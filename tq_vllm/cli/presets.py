@@ -18,6 +18,7 @@ PURPOSE = {
     (3, 2): "2.5 bits",
     (2, 2): "experiments",
 }
+PROD_PURPOSE = "the paper's QJL keys, for reproduction"
 
 
 def preset_row(config: TurboQuantConfig) -> dict:
@@ -26,11 +27,12 @@ def preset_row(config: TurboQuantConfig) -> dict:
     return {
         "name": config.name,
         "key_bits": config.key_bits,
+        "key_width": config.key_width,
         "value_bits": config.value_bits,
         "bytes_per_token_and_head": {str(d): n for d, n in slot_bytes.items()},
         "bits_per_coordinate": {str(d): 8 * n / (2 * d) for d, n in slot_bytes.items()},
         "ratio_to_bf16": {str(d): 4 * d / n for d, n in slot_bytes.items()},
-        "purpose": PURPOSE[config.key_bits, config.value_bits],
+        "purpose": PROD_PURPOSE if config.key_sketch else PURPOSE[config.key_bits, config.value_bits],
     }
 
 
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(
         "TurboQuant presets (--kv-cache-dtype), by head size d",
         columns,
-        [[row["name"], f"{row['key_bits']}/{row['value_bits']}", *_numbers(row), row["purpose"]] for row in rows],
+        [[row["name"], f"{row['key_width']}/{row['value_bits']}", *_numbers(row), row["purpose"]] for row in rows],
         ["bytes: one token of one KV head, keys and values, scales included. bits: the same, a coordinate."],
     )
     return 0

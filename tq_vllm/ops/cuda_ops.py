@@ -33,6 +33,8 @@ def supports(call: Call) -> str | None:
 
 def _refuse_store(call: Call) -> str | None:
     config = get_config(call.preset)
+    if config.key_sketch:
+        return "it does not write key sketches (turboquant:prod)"
     if len(config.scale_search) > MAX_CANDIDATES:
         return f"got {len(config.scale_search)} scale candidates, allowed {MAX_CANDIDATES}"
     for bits in {config.key_bits, config.value_bits} - {8}:
