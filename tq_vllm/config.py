@@ -51,6 +51,8 @@ class TurboQuantConfig:
         ):
             if got not in allowed:
                 raise ValueError(f"{what} of preset {self.name!r}: got {got!r}, allowed {allowed}.")
+        if self.key_sketch and self.key_bits != 3:
+            raise ValueError(f"key_sketch of preset {self.name!r}: got {self.key_bits} key bits, allowed 3.")
         if not self.scale_search or min(self.scale_search) <= 0:
             raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed numbers above 0.")
 

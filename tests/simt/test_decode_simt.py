@@ -6,8 +6,6 @@ Shows the kernel's logic: layouts, masks, splits, merges. Instructions are model
 import contextlib
 import ctypes
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from tests.ops.batches import Batch
 from tq_vllm.config import PRESETS
 from tq_vllm.ops import cuda_attention
 
-HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
 CTAS, WARPS = 3, 2
 LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 1000)
 
@@ -25,16 +21,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ comp
 
 
 @pytest.fixture(scope="module")
-def simulator(tmp_path_factory):
-    """csrc as it is, with the instructions of this folder and no CUDA headers."""
-    folder = tmp_path_factory.mktemp("simt")
-    for source in (*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.c*")):
-        shutil.copy(source, folder)
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "early_start.cuh"):
-        (folder / header).write_text('#include "simt.h"\n')
-    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-I.", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, "decode.cpp", "-o", "decode.so"], check=True, cwd=folder)
-    return ctypes.CDLL(str(folder / "decode.so"))
+def simulator(compile_simt):
+    return compile_simt("decode")
 
 
 @pytest.fixture(autouse=True)

@@ -38,10 +38,10 @@ def encode_residuals(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
     Returns:
         signs uint8 [..., head_dim], 1 where S r is negative; scale f32 [...], gain * |r| rounded to float16. Both are 0
-        for a residual whose norm is not finite.
+        for a residual whose norm is 0 or not finite in float32.
     """
     norm = torch.linalg.vector_norm(residual, dim=-1)
-    broken = ~norm.isfinite()
+    broken = ~norm.isfinite() | (norm == 0)
     signs = page_sketch(residual.shape[-1]).forward(residual.masked_fill(broken[..., None], 0.0)) < 0
     scale = (norm * orthogonal_gain(residual.shape[-1])).masked_fill(broken, 0.0).clamp_(max=FLOAT16_MAX)
     return signs.to(torch.uint8), scale.to(torch.float16).to(torch.float32)
