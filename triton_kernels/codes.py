@@ -4,7 +4,7 @@ A tile is BN consecutive tokens of one request and one KV head; BN is a multiple
 of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
 scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
 
-Widths 2 to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
+Widths 1 (signs of a key sketch) to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
 and a sign bit for coordinate k of the group. From there two ways lead to numbers: `expand`, plain Triton, for every
 width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage
 
-LOOKUP_BITS = (2, 3, 4, 5)
+LOOKUP_BITS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,19 @@ def value_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
     )  # fmt: skip
 
 
+@functools.cache
+def sketch_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
+    """The same of its key sketches: numbers are +1 and -1."""
+    (plane,) = page.sketch_sections
+    return Codes(
+        1, plane.offset // 4, plane.offset // 4, plane.words, plane.words, 1, page.sketch_scale_offset // 2,
+        page.head_dim // 8, *_codebook(1, lookup_dtype),
+    )  # fmt: skip
+
+
 def _entries(bits: int) -> list[int]:
+    if bits == 1:
+        return [0]
     entries = list(PAGE_LEVELS[bits])
     return entries + [~e for e in entries] if bits == 2 else entries  # 2 * ~e + 1 = -(2 e + 1)
 
@@ -83,16 +95,17 @@ def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...]
     if bits == 8:
         return (), 1.0, "", ()
     entries = _entries(bits)
-    words = [sum((entries[i + j] & 255) << 8 * j for j in range(4)) for i in range(0, len(entries), 4)]
+    unit = 1.0 if bits == 1 else PAGE_UNIT[bits]
+    words = [sum((e & 255) << 8 * j for j, e in enumerate(entries[i : i + 4])) for i in range(0, len(entries), 4)]
     table = tuple(word - (word >> 31 << 32) for word in words)
     if lookup_dtype is None or bits not in LOOKUP_BITS:
-        return table, PAGE_UNIT[bits], "", ()
-    return table, PAGE_UNIT[bits], lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
+        return table, unit, "", ()
+    return table, unit, lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
 
 
 def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
     """Operands of `prmt`: high bytes of the numbers of entries 0..3 and 4..7, then their low bytes."""
-    numbers = torch.tensor([2 * e + 1 for e in (entries * 2)[:8]], dtype=dtype).view(torch.int16).tolist()
+    numbers = torch.tensor([2 * e + 1 for e in (entries * 8)[:8]], dtype=dtype).view(torch.int16).tolist()
     return [
         sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)) for shift in (8, 0) for first in (0, 4)
     ]  # fmt: skip
@@ -226,14 +239,17 @@ def _plane_1(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_F
 
 @triton.jit
 def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
-    """Codes of 2 to 5 bits in nibble form (of 5 bits: without the lowest), int32 [BN, W]; [W, BN] for WORDS_FIRST.
+    """Codes of 1 to 5 bits in nibble form (of 5 bits: without the lowest), int32 [BN, W]; [W, BN] for WORDS_FIRST.
 
     words: the cache as int32. record: int64 [BN] from `tile_records`. token: int32 [BN], 0 .. 15: of the column in its
     record for keys, the column itself for values.
     """
     plane = words + CODES.offset0
     column = record + token * CODES.token0
-    if CODES.bits >= 4:
+    if CODES.bits == 1:
+        sign = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
+        return ((sign << 2) & 0x08080808) | ((sign & 0x01010101) << 7)
+    elif CODES.bits >= 4:
         group = tl.arange(0, W)
         return _load_words(plane, column, group, group < CODES.groups, CODES, CODES.groups == W, WORDS_FIRST)
     else:
