@@ -32,6 +32,7 @@ struct DecodeParams {
 // An instantiation and its grid.
 struct DecodeLaunch {
   int key_bits, value_bits, head_dim;
+  int key_sketch;       // 1: keys have one
   int rows;             // query rows a unit of work has: 4 or, up to head size 128, 8
   int max_query_len;    // of a request
   int num_ctas;         // one a multiprocessor

@@ -31,11 +31,12 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
 
 // Eight rows of 256 do not fit the registers: they are two units.
 int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(3, 2) X(2, 2)  // key bits, value bits
-#define TQ_TRY(K, V)                                                                                           \
-  if (launch.key_bits == K && launch.value_bits == V) {                                                        \
-    if (launch.rows == 4) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream);            \
-    if constexpr (TQ_HEAD_DIM < 256) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 8>>(params, launch, stream); \
+#define TQ_PRESETS(X) X(8, 8, 0) X(8, 4, 0) X(5, 4, 0) X(4, 4, 0) X(4, 3, 0) X(3, 3, 0) X(3, 2, 0) X(2, 2, 0) X(3, 4, 1)
+// key bits, value bits, key sketch
+#define TQ_TRY(K, V, SKETCH)                                                                                           \
+  if (launch.key_bits == K && launch.value_bits == V && launch.key_sketch == SKETCH) {                                 \
+    if (launch.rows == 4) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 4, SKETCH>>(params, launch, stream);            \
+    if constexpr (TQ_HEAD_DIM < 256) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 8, SKETCH>>(params, launch, stream); \
   }
   TQ_PRESETS(TQ_TRY)
   return cudaErrorInvalidValue;

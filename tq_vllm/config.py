@@ -30,7 +30,7 @@ class TurboQuantConfig:
         key_offset: subtract what a layer's keys have in common, rotated by RoPE: the bias of the key projection where
             the checkpoint has one, and else the mean of a fixed pass.
         key_sketch: keys also have one sign a coordinate of a sketch of what their codes miss, and its norm: the prod
-            variant of the paper (TurboQuant Alg. 2), of key_bits + 1 bits. Attention scores become unbiased, and noisier.
+            variant of the paper (TurboQuant Alg. 2), of key_bits + 1 bits. Scores become unbiased, and noisier.
     """
 
     name: str

@@ -9,8 +9,8 @@ bytes of one (block, head) are contiguous and hold `block_size / 16` tile record
     | [16 tokens][words]             | [words][16 tokens, permuted]   | [16 tokens] f16  | [16 tokens] f16  |
     +--------------------------------+--------------------------------+------------------+------------------+
 
-With a key sketch (config.key_sketch) a plane of 1 bit of the sketch's signs, laid out as a key plane, follows the key planes,
-and the f16 scales of the sketch, [16 tokens], follow the value scales.
+With a key sketch (config.key_sketch) a plane of 1 bit, the sketch's signs, laid out as a key plane, follows the key
+planes, and the f16 scales of the sketch, [16 tokens], follow the value scales.
 
 A *plane* stores a field of 8, 4, 2 or 1 bits of every coordinate of a rotated vector, in little-endian 32-bit words of
 consecutive coordinates. A code of b bits is `index | sign << (b - 1)`; its fields are
@@ -40,8 +40,8 @@ Keys are token-major: a row is what the lanes of an int8 MMA read along the redu
 Values are word-major, and the tokens of a tile are permuted so that the four words of tokens 2q, 2q+1, 2q+8, 2q+9 (the
 reduction indices that lane q of an `m16n8k16` MMA holds) are one 16-byte load.
 
-A vector's stored scale is f16; decoded coordinate = scale * centroid of its code (core.codebooks.page_centroids). Of a key
-sketch it is scale * (+1 or -1), in the space of the sketch (core.qjl).
+A vector's stored scale is f16; decoded coordinate = scale * centroid of its code (core.codebooks.page_centroids). Of a
+key sketch it is scale * (+1 or -1), in the space of the sketch (core.qjl).
 """
 
 from dataclasses import dataclass

@@ -4,9 +4,10 @@ A tile is BN consecutive tokens of one request and one KV head; BN is a multiple
 of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
 scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
 
-Widths 1 (signs of a key sketch) to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
-and a sign bit for coordinate k of the group. From there two ways lead to numbers: `expand`, plain Triton, for every
-width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
+Widths 1 (the signs of a key sketch) to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a
+table index at bits 4k .. 4k+2 and a sign bit for coordinate k of the group. From there two ways lead
+to numbers: `expand`, plain Triton, for every width; and `lookup`, where one `prmt` takes four table entries, for
+LOOKUP_BITS. Both give the same numbers.
 """
 
 import functools

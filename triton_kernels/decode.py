@@ -258,7 +258,8 @@ def decode(
     offset = query if key_offset is None else key_offset
     decode_kernel[(num_items, num_kv_heads)](
         rotated, scales, sketched, sketched_scales, query, kv_cache, block_table, seq_lens, query_start_loc, offset,
-        split_out, split_lse, num_reqs, programs, max_rows, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
+        split_out, split_lse,
+        num_reqs, programs, max_rows, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,

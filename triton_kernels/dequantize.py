@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
-from tq_vllm.triton_kernels.codes import column_tokens, key_codes, load_scales, numbers, sketch_codes, tile_records, value_codes
+from tq_vllm.triton_kernels.codes import (
+    column_tokens,
+    key_codes,
+    load_scales,
+    numbers,
+    sketch_codes,
+    tile_records,
+    value_codes,
+)
 from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.rotation import sign_matrix, sketch_matrix
 
@@ -246,7 +254,8 @@ def dequantize(
     signs = sign_matrix(head_dim, 8 * W, keys.device)
     dequantize_kernel[(triton.cdiv(context_tokens, BN) + num_reqs, num_kv_heads)](
         kv_cache, block_table, seq_lens, query_start_loc, starts, offset, signs,
-        sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values, num_reqs, first, last, offset.shape[0], sliding_window,
+        sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values,
+        num_reqs, first, last, offset.shape[0], sliding_window,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), offset.stride(0), offset.stride(1),
         codes, value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
         padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide,

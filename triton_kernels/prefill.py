@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
-from tq_vllm.triton_kernels.codes import column_tokens, key_codes, load_scales, numbers, sketch_codes, tile_records, value_codes
+from tq_vllm.triton_kernels.codes import (
+    column_tokens,
+    key_codes,
+    load_scales,
+    numbers,
+    sketch_codes,
+    tile_records,
+    value_codes,
+)
 from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.rotation import normalised, rotate_rows, sign_matrix, transposed_sketch, unrotate
 from tq_vllm.triton_kernels.softmax import NOTHING, capped, finish, online_softmax, score_scale, visible
@@ -209,15 +217,15 @@ def prefill_kernel(
         offsets = key_offset + kv_head * stride_offset_head
         result, maximum, total = _attend_codes(
             rotated, row_scale, sketched, sketched_scale, query_rows, valid, position, cache, block_row, kv_head,
-            codes_len, first_tile, whole_tile, result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
-            window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN, VALUE_DTYPE,
-            OFFSET, WINDOW, SOFT_CAP, False, STAGES, SKETCHES, SKETCH,
+            codes_len, first_tile, whole_tile, result, maximum, total, offsets, num_segments, stride_segment,
+            stride_block, stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES,
+            HEAD_DIM, W, BM, BN, VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, False, STAGES, SKETCHES, SKETCH,
         )  # fmt: skip
         result, maximum, total = _attend_codes(
             rotated, row_scale, sketched, sketched_scale, query_rows, valid, position, cache, block_row, kv_head,
-            codes_len, whole_tile, tl.cdiv(codes_len, BN), result, maximum, total, offsets, num_segments, stride_segment, stride_block,
-            stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN,
-            VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, True, STAGES, SKETCHES, SKETCH,
+            codes_len, whole_tile, tl.cdiv(codes_len, BN), result, maximum, total, offsets, num_segments,
+            stride_segment, stride_block, stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES,
+            HEAD_DIM, W, BM, BN, VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, True, STAGES, SKETCHES, SKETCH,
         )  # fmt: skip
         result = unrotate(result * VALUES.unit, signs, HEAD_DIM, D, BM, 3 if WIDE else 2)
 
@@ -291,11 +299,13 @@ def prefill(
     W = triton.next_power_of_2(head_dim // 8)
     rows = max_query_len * group
     wide = query.dtype == torch.float32
-    BM, warps, stages = launch_shape(rows, 8 * W, wide, query.device)
+    sketch, signs = page.config.key_sketch, sign_matrix(head_dim, 8 * W, query.device)
+    # Queries in two spaces do not fit shared memory at the largest tiles.
+    shape_rows = min(rows, 512 if W <= 16 else 32) if sketch else rows
+    BM, warps, stages = launch_shape(shape_rows, 8 * W, wide, query.device)
     by_table = not wide and not INTERPRETED
     keys = key_codes(page, tl.float16 if by_table else None)
     values = value_codes(page, tl.bfloat16 if by_table else None)
-    sketch, signs = page.config.key_sketch, sign_matrix(head_dim, 8 * W, query.device)
     sketches = sketch_codes(page, tl.float16 if by_table else None) if sketch else keys
     fresh = key is not None
     key, value = (key, value) if fresh else (query, query)

@@ -110,8 +110,8 @@ def rotate_queries_kernel(
 
 
 def rotate_queries(query: torch.Tensor, padded_dim: int, sketch: bool = False) -> tuple[torch.Tensor, ...]:
-    """Return rotated unit rows [num_tokens, num_heads, padded_dim], f32 for f32 queries, else f16, and their scales; the
-    same in the space of the key sketches (without `sketch` the first two again)."""
+    """Return rotated unit rows [num_tokens, num_heads, padded_dim], f32 for f32 queries, else f16, and their scales;
+    the same in the space of the key sketches (without `sketch` the first two again)."""
     num_tokens, num_heads, head_dim = query.shape
     dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
     rotated = torch.empty(num_tokens, num_heads, padded_dim, dtype=dtype, device=query.device)

@@ -1,4 +1,4 @@
-"""The key sketch of the cache (TurboQuant Alg. 2): against a plain float64 oracle, unbiased over seeds, and its error."""
+"""The key sketch of the cache (TurboQuant Alg. 2): against a float64 oracle, its bias over seeds, and its error."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,8 @@ def test_the_gain_is_the_papers_for_rows_of_its_length():
 def bias(config, monkeypatch, kind: str, trials: int = 200) -> tuple[float, float]:
     """Mean relative error of q . k over independent rotations and sketches, and its standard error.
 
-    q = k: nothing hides what shrinks. kind: of the sketches, "hadamard" as in the cache or "dense", a random orthogonal S.
+    q = k: nothing hides what shrinks. kind: of the sketches, "hadamard" as in the cache, or "dense": a random
+    orthogonal S.
     """
     key = gaussian(64, 1, 64, seed=3)
     key /= key.norm(dim=-1, keepdim=True)
@@ -97,7 +98,7 @@ def test_a_wrong_gain_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_error_of_scores(head_dim):
-    """dim * E (q . k^ - q . k)^2 is pi/2 - 1 times the residual's energy (orthogonal S), and above that of 4-bit mse."""
+    """dim * E (q . k^ - q . k)^2 is pi/2 - 1 times the residual's energy (orthogonal S), and above 4-bit mse's."""
     key, query = (x / x.norm(dim=-1, keepdim=True) for x in gaussian(2, 3000, 1, head_dim, seed=5))
     _, mse_error, prod_error, four_error = (
         head_dim * ((kv_roundtrip(key, key, config)[0] - key) @ query[:400, 0].t()).square().mean().item()

@@ -13,7 +13,7 @@ CSRC = HERE.parent.parent / "csrc"
 
 @pytest.fixture(scope="session")
 def compile_simt(tmp_path_factory):
-    """A function that compiles a .cpp of this folder with csrc as it is, this folder's instructions and no CUDA headers."""
+    """A function that compiles a .cpp of this folder: csrc as it is, its instructions from here, no CUDA headers."""
 
     def compile_simt(name: str) -> ctypes.CDLL:
         folder = tmp_path_factory.mktemp("simt")

@@ -6,6 +6,7 @@ Shows the kernel's logic: layouts, masks, splits, merges. Instructions are model
 import contextlib
 import ctypes
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,22 @@ def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):
     """More than 32 segments, which are scored at a time, and positions beyond the last one."""
     check(dtype=dtype, offset_dtype=offset_dtype, aligned=aligned, head_dim=head_dim, group=group, num_kv_heads=1,
           seq_lens=(2090,), query_lens=(query_len,), with_offset=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (256, 2, 3)))
+def test_key_sketch(head_dim, group, query_len):
+    """Nothing, and window, soft cap, sinks and key offset together."""
+    options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
+    for chosen in ({}, options):
+        check(preset="turboquant:prod", head_dim=head_dim, group=group, seq_lens=(63, 65, 130, 300),
+              query_lens=(query_len,) * 4, **chosen)  # fmt: skip
+
+
+def test_a_lost_sketch_would_be_seen():
+    b = Batch(preset="turboquant:prod", head_dim=128, group=4, seq_lens=(130,), query_lens=(1,), fresh=False).fill()
+    with_sketch, _ = b.expected()
+    b.config = replace(b.config, key_sketch=False)
+    assert (b.expected()[0] - with_sketch).abs().max() > 1e-2
 
 
 def test_empty_and_many_requests():

@@ -1,6 +1,6 @@
-"""The CUDA write kernel run on a CPU, lane by lane (simt.h), against the PyTorch write: the same bytes but for near-ties.
+"""The CUDA write kernel run on a CPU, lane by lane (simt.h), against the PyTorch write: equal bytes but for near-ties.
 
-Shows the kernel's logic: rotations, signs, planes, scales. Instructions are modelled, so nothing here speaks of a device.
+Shows the kernel's logic: rotations, signs, planes, scales. Instructions are modelled: nothing here speaks of a device.
 """
 
 import contextlib

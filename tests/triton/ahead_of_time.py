@@ -76,7 +76,8 @@ CASES = {
     "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "prod decode": {
-        "preset": "turboquant:prod", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4, "block_size": 64,
+        "preset": "turboquant:prod", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4,
+        "block_size": 64,
     },
     "prod verify, everything": {
         "preset": "turboquant:prod", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8,

@@ -98,7 +98,8 @@ def test_head_dim(head_dim):
 
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_key_sketches_of_other_head_sizes(head_dim):
-    check(preset="turboquant:prod", head_dim=head_dim, num_kv_heads=1, seq_lens=(90, 5), query_lens=(33, 5), with_offset=True)
+    check(preset="turboquant:prod", head_dim=head_dim, num_kv_heads=1, seq_lens=(90, 5), query_lens=(33, 5),
+          with_offset=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -19,8 +19,6 @@ def refuse_attention(call: Call) -> str | None:
     """Return None, or why the compiled kernel can't serve an attention call."""
     if call.fresh:
         return "it reads every token from codes, and this step has raw keys and values"
-    if get_config(call.preset).key_sketch:
-        return "it does not read key sketches"
     if call.head_dim not in HEAD_DIMS:
         return f"got head size {call.head_dim}, allowed {', '.join(map(str, HEAD_DIMS))}"
     if call.group * call.max_query_len > MAX_QUERY_ROWS:
@@ -60,6 +58,7 @@ class _Launch(ctypes.Structure):
             "key_bits",
             "value_bits",
             "head_dim",
+            "key_sketch",
             "rows",
             "max_query_len",
             "num_ctas",
@@ -77,8 +76,8 @@ def _rows_of(head_dim: int, query_rows: int) -> int:
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
     config = get_config(preset)
     return _Launch(
-        key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows,
-        max_query_len=max_query_len,
+        key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim,
+        key_sketch=config.key_sketch, rows=rows, max_query_len=max_query_len,
     )  # fmt: skip
 
 

@@ -35,8 +35,8 @@ def tile_records(kv_cache: torch.Tensor, page: TurboQuantPage) -> torch.Tensor:
 
 @functools.cache
 def _columns(page: TurboQuantPage, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where a token's data stand in a tile record: words int64 [16, num_words] in int32 units (key planes, that of a
-    key sketch, value planes) and scales int64 [16, 2 or 3] in int16 units (key, value, sketch)."""
+    """Return where a token's data stand in a tile record: words int64 [16, num_words] in int32 units (key planes, that
+    of a key sketch, value planes) and scales int64 [16, 2 or 3] in int16 units (key, value, sketch)."""
     keys = page.key_sections + page.sketch_sections
     words = [
         [page.key_word_offset(s, token, w) // 4 for s in keys for w in range(s.words)]
@@ -108,12 +108,17 @@ def read_tiles(
 def read_sketches(
     kv_cache: torch.Tensor, page: TurboQuantPage, blocks: torch.Tensor, tiles: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the key sketches of tiles, arguments as in `read_tiles`: signs, +1 and -1, [n, num_kv_heads, 16 * m, head_dim]
-    and scale [n, num_kv_heads, 16 * m]; scale * sign is a coordinate of S times the rotated residual's estimate."""
+    """Return the key sketches of tiles, arguments as in `read_tiles`.
+
+    Returns:
+        signs, +1 and -1 [n, num_kv_heads, 16 * m, head_dim], and scale [n, num_kv_heads, 16 * m]: scale * sign is a
+        coordinate of S times the estimate of the rotated residual.
+    """
     heads = torch.arange(kv_cache.shape[1], device=blocks.device)[:, None]
     records = tile_records(kv_cache, page)[blocks[:, None], heads, tiles]  # [n, num_kv_heads, m, tile_bytes / 4]
     (plane,) = page.sketch_sections
-    words = records[..., plane.offset // 4 :][..., : TILE_TOKENS * plane.words].unflatten(-1, (TILE_TOKENS, plane.words))
+    words = records[..., plane.offset // 4 :][..., : TILE_TOKENS * plane.words]
+    words = words.unflatten(-1, (TILE_TOKENS, plane.words))
     scale = records.view(torch.float16)[..., page.sketch_scale_offset // 2 :][..., :TILE_TOKENS].flatten(2).to(dtype)
     return centroids_of([words.flatten(2, 3)], 1, page.head_dim, dtype), scale
 
