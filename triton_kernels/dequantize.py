@@ -20,7 +20,7 @@ from tq_vllm.triton_kernels.codes import (
     value_codes,
 )
 from tq_vllm.triton_kernels.dot import INTERPRETED, dot
-from tq_vllm.triton_kernels.rotation import sign_matrix, sketch_matrix
+from tq_vllm.triton_kernels.rotation import sign_matrix, sketch_matrix, unrotate
 
 BN = SEGMENT_TOKENS  # tokens of a program: the key offset is one vector over it
 # Arguments that change from step to step: a kernel is compiled once, while the engine warms up.
@@ -82,8 +82,8 @@ def plan_kernel(
 
 
 @triton.jit
-def _times_matrix(x, signs, D: tl.constexpr, BN: tl.constexpr):
-    """Integers x [BN, D] in 16 bits @ signs [D, D] -> f32 [BN, D], exact."""
+def _rotated_back(x, signs, HEAD_DIM: tl.constexpr, D: tl.constexpr, BN: tl.constexpr):
+    """Integers x [BN, D] in 16 bits, in the space of the codes -> f32 [BN, D], exact, in the space of the model."""
     if D <= 128:
         matrix = tl.load(signs + tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :]).to(tl.float32).to(x.dtype)
         product = dot(x, matrix, tl.zeros([BN, D], tl.float32))
@@ -92,13 +92,7 @@ def _times_matrix(x, signs, D: tl.constexpr, BN: tl.constexpr):
         at = signs + tl.arange(0, D // 2)[:, None] * D + tl.arange(0, D)[None, :]
         product = dot(low, tl.load(at).to(tl.float32).to(x.dtype), tl.zeros([BN, D], tl.float32))
         product = dot(high, tl.load(at + D // 2 * D).to(tl.float32).to(x.dtype), product)
-    return product
-
-
-@triton.jit
-def _rotated_back(x, signs, HEAD_DIM: tl.constexpr, D: tl.constexpr, BN: tl.constexpr):
-    """Integers x [BN, D] in 16 bits, in the space of the codes -> f32 [BN, D], exact, in the space of the model."""
-    return _times_matrix(x, signs, D, BN) * (1.0 / HEAD_DIM**0.5)
+    return product * (1.0 / HEAD_DIM**0.5)
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=UNALIGNED)
@@ -153,12 +147,13 @@ def dequantize_kernel(
     mask = written[:, None] & (d < HEAD_DIM)[None, :]
 
     k = numbers(words, record, in_record, KEYS, W, BN, DTYPE)
-    k = _rotated_back(k, signs, HEAD_DIM, D, BN)
-    k = k * (load_scales(words, pairs, KEYS, BN) * KEYS.unit)[:, None]
-    if SKETCH:  # sums of at most 256 signs: whole numbers that 16 bits hold
-        s = _times_matrix(numbers(words, record, in_record, SKETCHES, W, BN, DTYPE), sketch, D, BN).to(DTYPE)
-        s = _rotated_back(s, signs, HEAD_DIM, D, BN)
-        k += s * (load_scales(words, pairs, SKETCHES, BN) * (1.0 / HEAD_DIM**0.5))[:, None]
+    key_scale = (load_scales(words, pairs, KEYS, BN) * KEYS.unit)[:, None]
+    if SKETCH:  # both parts go through the rotation as one, so that no two of its matrices are in shared memory
+        s = _rotated_back(numbers(words, record, in_record, SKETCHES, W, BN, DTYPE), sketch, HEAD_DIM, D, BN)
+        k = k.to(tl.float32) * key_scale + s * load_scales(words, pairs, SKETCHES, BN)[:, None]
+        k = unrotate(k, signs, HEAD_DIM, D, BN, 3 if WIDE else 2)
+    else:
+        k = _rotated_back(k, signs, HEAD_DIM, D, BN) * key_scale
     if OFFSET:
         segment = tl.minimum(start // BN, num_segments - 1).to(tl.int64)
         offset = key_offset + segment * stride_segment + head * stride_offset_head + d
