@@ -22,9 +22,14 @@ __host__ __device__ constexpr uint32_t bytes(int a, int b, int c, int d) {
 
 template <int BITS> constexpr bool HAS_HALF = BITS != 8;
 
+// Width 1 is the signs of a key sketch: +1 and -1 are 2 * (b + 1/2) with b = 0 and -1.
+constexpr int SIGNS = 1;
+
 // What a centroid is in units of: b + 1/2, or b.
 template <int BITS> __host__ __device__ constexpr float centroid_unit() {
-  if constexpr (HAS_HALF<BITS>)
+  if constexpr (BITS == SIGNS)
+    return 2.0f;
+  else if constexpr (HAS_HALF<BITS>)
     return 2 * Unit<BITS>::VALUE;
   else
     return 1.0f;
@@ -48,13 +53,16 @@ template <int BITS> __host__ __device__ constexpr uint32_t rising_levels(int fir
 // Bytes of the eight codes of a coordinate group: coordinates 0..3 in `low`, 4..7 in `high`.
 //   a   width 8: the first word; 4 and 5: the plane-4 word; 2 and 3: the plane-2 word, shifted so that the group's
 //       fields are the low two bits of the nibbles; trellis codes: what `trellis_groups` gives
-//   b   width 8: the second word; 3 and 5: the plane-1 word, shifted so that bit 7 of byte k is coordinate 4 + k and
+//   b   width 8: the second word; 1, 3 and 5: the plane-1 word, shifted so that bit 7 of byte k is coordinate 4 + k and
 //       bit 6 coordinate k
 template <int BITS>
 __device__ __forceinline__ void expand(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
   if constexpr (BITS == 8) {
     low = a;
     high = b;
+  } else if constexpr (BITS == SIGNS) {
+    low = spread_top_bits(b << 1);
+    high = spread_top_bits(b);
   } else if constexpr (BITS == 4) {
     constexpr uint32_t t0 = levels<4>(0), t1 = levels<4>(4);
     const uint32_t index = a & 0x77777777u;
@@ -97,6 +105,9 @@ template <int BITS, int D> struct Planes {
   static constexpr int first = words_per_token(plane_bits(BITS, 0), D);
   static constexpr int second = num_planes(BITS) == 2 ? words_per_token(1, D) : 0;
 };
+template <int D> struct Planes<SIGNS, D> {
+  static constexpr int first = 0, second = words_per_token(1, D);
+};
 
 __device__ __forceinline__ uint32_t rotate_left(uint32_t x, int n) { return x << n | x >> (32 - n); }
 
@@ -130,7 +141,8 @@ template <int BITS, int D> struct KeyCodes {
   // Load CHUNK k-steps of `token` from the key section of a tile record.
   __device__ __forceinline__ void load(const uint8_t* section, int token, int chunk, int q) {
     const uint32_t* row = reinterpret_cast<const uint32_t*>(section) + token * P::first;
-    if constexpr (BITS == 8) {
+    if constexpr (BITS == SIGNS) {
+    } else if constexpr (BITS == 8) {
       if constexpr (CHUNK == 2) {
         const uint4 w = *reinterpret_cast<const uint4*>(row + chunk * 16 + q * 4);
         a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;

@@ -43,17 +43,19 @@ __host__ __device__ constexpr int sign_bit(int c) { return 8 * (c % 4) + (c % 8 
 __host__ __device__ constexpr int trellis_bit(int plane_bits, int j, int k) { return plane_bits == 1 ? 4 * k + j : 4 * k + j / 2 * 2; }
 __host__ __device__ constexpr int trellis_top_bit(int j, int k) { return sign_bit(k) - 2 + j / 2 * 2; }
 
-// Byte offsets in a tile record of 16 tokens. A key word stands at plane + 4 * (token * words + word), a value word at
-// plane + 4 * (word * 16 + value_token_order(token)), a scale at 2 * token.
-template <int KEY_BITS, int VALUE_BITS, int HEAD_DIM>
+// Byte offsets in a tile record of 16 tokens, SKETCH: with the signs and scales of a key sketch. A key word stands at
+// plane + 4 * (token * words + word), a value word at plane + 4 * (word * 16 + value_token_order(token)), a scale at 2 * token.
+template <int KEY_BITS, int VALUE_BITS, int HEAD_DIM, bool SKETCH = false>
 struct Page {
   static constexpr int KEY_PLANE_0 = 0;
   static constexpr int KEY_PLANE_1 = plane_bytes(plane_bits(KEY_BITS, 0), HEAD_DIM);  // if KEY_BITS has two planes
-  static constexpr int VALUE_PLANE_0 = codes_bytes(KEY_BITS, HEAD_DIM);
+  static constexpr int SKETCH_PLANE = codes_bytes(KEY_BITS, HEAD_DIM);
+  static constexpr int VALUE_PLANE_0 = SKETCH_PLANE + (SKETCH ? plane_bytes(1, HEAD_DIM) : 0);
   static constexpr int VALUE_PLANE_1 = VALUE_PLANE_0 + plane_bytes(plane_bits(VALUE_BITS, 0), HEAD_DIM);
   static constexpr int KEY_SCALE = VALUE_PLANE_0 + codes_bytes(VALUE_BITS, HEAD_DIM);
   static constexpr int VALUE_SCALE = KEY_SCALE + 2 * TILE_TOKENS;
-  static constexpr int TILE_BYTES = VALUE_SCALE + 2 * TILE_TOKENS;
+  static constexpr int SKETCH_SCALE = VALUE_SCALE + 2 * TILE_TOKENS;
+  static constexpr int TILE_BYTES = SKETCH_SCALE + (SKETCH ? 2 * TILE_TOKENS : 0);
   static constexpr int SLOT_BYTES = TILE_BYTES / TILE_TOKENS;
 };
 

@@ -31,9 +31,8 @@ struct VectorShape {
 // LANES of its vector. Neighbours lie 16 bits apart, as the signs of two 16-bit numbers in a word do.
 __device__ constexpr int sign_place(int i) { return i / 2 + 16 * (i % 2); }
 
-template <class Shape>
+template <class Shape, class Table = SignTable<Shape::HEAD_DIM>>
 __device__ __forceinline__ uint32_t lane_signs(int q) {
-  using Table = SignTable<Shape::HEAD_DIM>;
   static __constant__ const uint32_t words[8] = {Table::at(0), Table::at(1), Table::at(2), Table::at(3),
                                                  Table::at(4), Table::at(5), Table::at(6), Table::at(7)};
   uint32_t signs = 0;

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tq_vllm.config import PRESETS, TRELLIS, UnknownPresetError, get_config
+from tq_vllm.config import PRESETS, TRELLIS, TurboQuantConfig, UnknownPresetError, get_config
 from tq_vllm.format import (
     PLANES,
     SUPPORTED_HEAD_DIMS,
@@ -29,7 +29,7 @@ WIDTHS_AND_HEAD_DIMS = [(w, d) for w in PLANES for d in SUPPORTED_HEAD_DIMS if w
     ("preset", "slot_bytes"),
     [("turboquant", 132), ("turboquant:k8v8", 260), ("turboquant:k8v4", 196), ("turboquant:k5v4", 148),
      ("turboquant:k4v4", 132), ("turboquant:k4v3", 116), ("turboquant:k3v3", 100), ("turboquant:k3v2", 84),
-     ("turboquant:k2v2", 68), ("turboquant:t3", 100), ("turboquant:t2", 68)],
+     ("turboquant:k2v2", 68), ("turboquant:t3", 100), ("turboquant:t2", 68), ("turboquant:prod", 134)],
 )  # fmt: skip
 def test_bytes_per_token_at_head_dim_128(preset, slot_bytes):
     assert TurboQuantPage(get_config(preset), 128).slot_bytes == slot_bytes
@@ -39,17 +39,26 @@ def test_bytes_per_token_at_head_dim_128(preset, slot_bytes):
 def test_every_word_and_scale_of_a_tile_has_its_own_bytes(page):
     used = []
     for token in range(TILE_TOKENS):
-        for section in page.key_sections:
+        for section in page.key_sections + page.sketch_sections:
             used += [page.key_word_offset(section, token, w) for w in range(section.words)]
         for section in page.value_sections:
             used += [page.value_word_offset(section, token, w) for w in range(section.words)]
     covered = sorted(b for offset in used for b in range(offset, offset + 4))
     covered += [page.key_scale_offset + i for i in range(2 * TILE_TOKENS)]
     covered += [page.value_scale_offset + i for i in range(2 * TILE_TOKENS)]
+    covered += [page.sketch_scale_offset + i for i in range(2 * TILE_TOKENS) if page.config.key_sketch]
     assert covered == list(range(page.tile_bytes))
-    sections = page.key_sections + page.value_sections
+    sections = page.key_sections + page.sketch_sections + page.value_sections
     assert all(offset % 16 == 0 for offset in [s.offset for s in sections] + [page.key_scale_offset, page.tile_bytes])
     assert page.slot_bytes * TILE_TOKENS == page.tile_bytes
+
+
+@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
+def test_a_key_sketch_costs_a_bit_a_coordinate_and_a_scale(head_dim):
+    with_sketch, without = (TurboQuantConfig("", 3, 4, key_sketch=sketch) for sketch in (True, False))
+    plane = 4 * -(-head_dim // 32)  # whole words
+    more = TurboQuantPage(with_sketch, head_dim).slot_bytes - TurboQuantPage(without, head_dim).slot_bytes
+    assert more == plane + 2
 
 
 def test_value_tokens_of_an_mma_lane_are_adjacent():

@@ -36,6 +36,8 @@ class TurboQuantConfig:
         trellis: codes are trellis-coded, keys and values alike.
         key_offset: subtract what a layer's keys have in common, rotated by RoPE: the bias of the key projection where
             the checkpoint has one, and else the mean of a fixed pass.
+        key_sketch: keys also have one sign a coordinate of a sketch of what their codes miss, and its norm: the prod
+            variant of the paper (TurboQuant Alg. 2), of key_bits + 1 bits. Scores become unbiased, and noisier.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TurboQuantConfig:
     scale_search: tuple[float, ...] = SCALE_SEARCH
     trellis: bool = False
     key_offset: bool = True
+    key_sketch: bool = False
 
     def __post_init__(self) -> None:
         for what, got, allowed in (
@@ -56,6 +59,9 @@ class TurboQuantConfig:
         ):
             if got not in allowed:
                 raise ValueError(f"{what} of preset {self.name!r}: got {got!r}, allowed {allowed}.")
+        if self.key_sketch and (self.key_bits != 3 or self.trellis):
+            how = ", trellis-coded" if self.trellis else ""
+            raise ValueError(f"key_sketch of preset {self.name!r}: got {self.key_bits} key bits{how}, allowed 3.")
         if not self.scale_search or min(self.scale_search) <= 0:
             raise ValueError(f"scale_search of preset {self.name!r}: got {self.scale_search}, allowed numbers above 0.")
 
@@ -69,9 +75,14 @@ class TurboQuantConfig:
         """The same of values."""
         return self.value_bits + TRELLIS * self.trellis
 
+    @property
+    def key_label(self) -> str:
+        """Bits of a key's coordinate, for people: "4", or "3+1" where one of them is a sign of the sketch."""
+        return f"{self.key_bits}+1" if self.key_sketch else str(self.key_bits)
 
-def _preset(suffix: str, key_bits: int, value_bits: int) -> TurboQuantConfig:
-    return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits)
+
+def _preset(suffix: str, key_bits: int, value_bits: int, **options) -> TurboQuantConfig:
+    return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits, **options)
 
 
 def _trellis_preset(suffix: str, bits: int) -> TurboQuantConfig:
@@ -92,6 +103,7 @@ PRESETS: dict[str, TurboQuantConfig] = {
         _preset(":k2v2", 2, 2),
         _trellis_preset(":t3", 3),
         _trellis_preset(":t2", 2),
+        _preset(":prod", 3, 4, key_sketch=True),
     )
 }
 

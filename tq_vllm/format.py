@@ -9,6 +9,9 @@ bytes of one (block, head) are contiguous and hold `block_size / 16` tile record
     | [16 tokens][words]             | [words][16 tokens, permuted]   | [16 tokens] f16  | [16 tokens] f16  |
     +--------------------------------+--------------------------------+------------------+------------------+
 
+With a key sketch (config.key_sketch) a plane of 1 bit, the sketch's signs, laid out as a key plane, follows the key
+planes, and the f16 scales of the sketch, [16 tokens], follow the value scales.
+
 A *plane* stores a field of 8, 4, 2 or 1 bits of every coordinate of a rotated vector, in little-endian 32-bit words of
 consecutive coordinates. A code of b bits is `index | sign << (b - 1)`; its fields are
 
@@ -18,6 +21,7 @@ consecutive coordinates. A code of b bits is `index | sign << (b - 1)`; its fiel
     4   4          4: index and the sign
     3   2 and 1    2: index                       1: the sign
     2   2          2: the code
+    1   1          1: the code, a sign (of a key sketch)
     t3  2 and 1    2: the uncoded bits     1: the coded bit         (width TRELLIS + 3: trellis codes, core/trellis.py)
     t2  1 and 1    1: the uncoded bit      1: the coded bit         (width TRELLIS + 2)
 
@@ -49,7 +53,8 @@ Keys are token-major: a row is what the lanes of an int8 MMA read along the redu
 Values are word-major, and the tokens of a tile are permuted so that the four words of tokens 2q, 2q+1, 2q+8, 2q+9 (the
 reduction indices that lane q of an `m16n8k16` MMA holds) are one 16-byte load.
 
-A vector's stored scale is f16; decoded coordinate = scale * centroid of its code (core.codebooks.page_centroids).
+A vector's stored scale is f16; decoded coordinate = scale * centroid of its code (core.codebooks.page_centroids). Of a
+key sketch it is scale * (+1 or -1), in the space of the sketch (core.qjl).
 """
 
 from dataclasses import dataclass
@@ -62,7 +67,7 @@ from tq_vllm.config import TRELLIS, TurboQuantConfig
 TILE_TOKENS = 16
 SEGMENT_TOKENS = 64  # a key offset is constant over this many absolute positions
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), TRELLIS + 3: (2, 1), TRELLIS + 2: (1, 1)}
+PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,), TRELLIS + 3: (2, 1), TRELLIS + 2: (1, 1)}
 TRELLIS_BLOCK = 32  # coordinates
 
 _BITS_4_INDEX = tuple(4 * k for k in range(8))
@@ -132,8 +137,13 @@ class TurboQuantPage:
         return self._sections(self.config.key_width, 0)
 
     @cached_property
+    def sketch_sections(self) -> tuple[Section, ...]:
+        """The plane of signs of the key sketch, or nothing."""
+        return self._sections(1, self._end(self.key_sections)) if self.config.key_sketch else ()
+
+    @cached_property
     def value_sections(self) -> tuple[Section, ...]:
-        return self._sections(self.config.value_width, self._end(self.key_sections))
+        return self._sections(self.config.value_width, self._end(self.key_sections + self.sketch_sections))
 
     @cached_property
     def key_scale_offset(self) -> int:
@@ -146,8 +156,13 @@ class TurboQuantPage:
         return self.key_scale_offset + 2 * TILE_TOKENS
 
     @cached_property
-    def tile_bytes(self) -> int:
+    def sketch_scale_offset(self) -> int:
+        """Byte offset of f16 [16] in a tile record, if there is a key sketch."""
         return self.value_scale_offset + 2 * TILE_TOKENS
+
+    @cached_property
+    def tile_bytes(self) -> int:
+        return self.sketch_scale_offset + (2 * TILE_TOKENS if self.config.key_sketch else 0)
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -4,10 +4,11 @@ A tile is BN consecutive tokens of one request and one KV head; BN is a multiple
 of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
 scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
 
-All widths but 8 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k ..
-4k+2 and a sign bit for coordinate k of the group. Of trellis codes the index counts the levels upwards and the sign bit
-is its fourth bit. From there two ways lead to numbers: `expand`, plain Triton, for every width; and `lookup`, where one
-`prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
+All widths but 8 (width 1: the signs of a key sketch) are first brought into *nibble form*, the word of plane 4 in
+format.py: a table index at bits 4k .. 4k+2 and a sign bit for coordinate k of the group. Of trellis codes the index
+counts the levels upwards and the sign bit is its fourth bit. From there two ways lead to numbers: `expand`, plain
+Triton, for every width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same
+numbers.
 """
 
 import functools
@@ -22,7 +23,7 @@ from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_LEVELS,
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage
 
 TRELLIS_2, TRELLIS_3 = tl.constexpr(TRELLIS + 2), tl.constexpr(TRELLIS + 3)
-LOOKUP_BITS = (2, 3, 4, 5, TRELLIS + 2, TRELLIS + 3)
+LOOKUP_BITS = (1, 2, 3, 4, 5, TRELLIS + 2, TRELLIS + 3)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,19 @@ def value_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
     )  # fmt: skip
 
 
+@functools.cache
+def sketch_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
+    """The same of its key sketches: numbers are +1 and -1."""
+    (plane,) = page.sketch_sections
+    return Codes(
+        1, plane.offset // 4, plane.offset // 4, plane.words, plane.words, 1, page.sketch_scale_offset // 2,
+        page.head_dim // 8, *_codebook(1, lookup_dtype),
+    )  # fmt: skip
+
+
 def _entries(bits: int) -> list[int]:
+    if bits == 1:
+        return [0]
     if bits > TRELLIS:
         entries = list(TRELLIS_LEVELS[bits - TRELLIS])
         return [~e for e in entries[::-1]] + entries
@@ -89,9 +102,9 @@ def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...]
     if bits == 8:
         return (), 1.0, "", ()
     entries = _entries(bits)
-    words = [sum((entries[i + j] & 255) << 8 * j for j in range(4)) for i in range(0, len(entries), 4)]
+    words = [sum((e & 255) << 8 * j for j, e in enumerate(entries[i : i + 4])) for i in range(0, len(entries), 4)]
     table = tuple(word - (word >> 31 << 32) for word in words)
-    unit = TRELLIS_UNIT[bits - TRELLIS] if bits > TRELLIS else PAGE_UNIT[bits]
+    unit = 1.0 if bits == 1 else TRELLIS_UNIT[bits - TRELLIS] if bits > TRELLIS else PAGE_UNIT[bits]
     if lookup_dtype is None or bits not in LOOKUP_BITS:
         return table, unit, "", ()
     return table, unit, lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
@@ -99,7 +112,7 @@ def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...]
 
 def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
     """Operands of `prmt`: high bytes of the numbers of entries 0..3 and 4..7, then their low bytes."""
-    numbers = torch.tensor([2 * e + 1 for e in (entries * 2)[:8]], dtype=dtype).view(torch.int16).tolist()
+    numbers = torch.tensor([2 * e + 1 for e in (entries * 8)[:8]], dtype=dtype).view(torch.int16).tolist()
     return [
         sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)) for shift in (8, 0) for first in (0, 4)
     ]  # fmt: skip
@@ -275,6 +288,9 @@ def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FI
     column = record + token * CODES.token0
     if CODES.bits >= TRELLIS_2:
         return _trellis_nibbles(words, record, token, CODES, W, WORDS_FIRST)
+    elif CODES.bits == 1:
+        sign = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
+        return ((sign << 2) & 0x08080808) | ((sign & 0x01010101) << 7)
     elif CODES.bits >= 4:
         group = tl.arange(0, W)
         return _load_words(plane, column, group, group < CODES.groups, CODES, CODES.groups == W, WORDS_FIRST)

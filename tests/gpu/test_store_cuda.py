@@ -10,6 +10,7 @@ from tests.ops.batches import PAGES
 from tq_vllm.config import PRESETS
 from tq_vllm.core.cache import encode_kv, offset_at
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.quantizers import decode_vectors
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage, unpack_words, value_token_order
@@ -35,7 +36,8 @@ def empty_cache(page, num_blocks, num_kv_heads, block_size, generator, padding=0
 
 
 def read_slots(kv_cache, page, slots):
-    """Return codes uint8 [n, num_kv_heads, head_dim] and scale f16 [n, num_kv_heads] of keys, then of values."""
+    """Return codes uint8 [n, num_kv_heads, head_dim] and scale f16 [n, num_kv_heads] of keys, of values, and of key
+    sketches where there are any."""
     records = tile_records(kv_cache, page)
     block_size = kv_cache.shape[2]
     records = records[slots // block_size, :, slots % block_size // TILE_TOKENS]  # [n, num_kv_heads, tile_bytes / 4]
@@ -43,16 +45,18 @@ def read_slots(kv_cache, page, slots):
     row = torch.arange(len(slots))
     order = torch.tensor([value_token_order(t) for t in range(TILE_TOKENS)])[token]
     found = []
-    for sections, bits, is_key in (
-        (page.key_sections, page.config.key_width, True),
-        (page.value_sections, page.config.value_width, False),
-    ):
+    parts = [
+        (page.key_sections, page.config.key_width, True, page.key_scale_offset),
+        (page.value_sections, page.config.value_width, False, page.value_scale_offset),
+    ]
+    if page.config.key_sketch:
+        parts.append((page.sketch_sections, 1, True, page.sketch_scale_offset))
+    for sections, bits, is_key, offset in parts:
         words = []
         for s in sections:
             plane = records[..., s.offset // 4 :][..., : TILE_TOKENS * s.words]
             by_token = plane.unflatten(-1, (TILE_TOKENS, s.words) if is_key else (s.words, TILE_TOKENS))
             words.append(by_token[row, :, token] if is_key else by_token[row, :, :, order])
-        offset = page.key_scale_offset if is_key else page.value_scale_offset
         scale = records.view(torch.float16)[..., offset // 2 : offset // 2 + TILE_TOKENS][row, :, token]
         found += [unpack_words(words, bits, page.head_dim), scale]
     return found
@@ -120,9 +124,24 @@ def check_near_ties(page, got, expected, view, key, value, slots, allowed=1e-4):
         assert near.all(), f"{page}: {gap[~near]}"
         torch.testing.assert_close(scale[~rows].float(), scale_ref[~rows].float(), rtol=1.1e-3, atol=6e-8)
         torch.testing.assert_close(scale[rows].float(), scale_ref[rows].float(), rtol=0.5, atol=0)
+    if page.config.key_sketch:
+        check_sketches(page, key, found, reference)
     share = differing / (2 * n * key.shape[1] * key.shape[2])
     assert share <= allowed, f"{page}: {share} of the codes differ"
     return share
+
+
+def check_sketches(page, key, found, reference):
+    """Where codes and scale of a key are equal, signs of the sketch differ at coordinates near 0 alone."""
+    codes, scale, signs, sketch_scale = (reference[i] for i in (0, 1, 4, 5))
+    same = (found[0] == codes).all(-1) & (found[1] == scale)
+    centroids = decode_vectors(codes[same], torch.ones_like(scale[same]), page.config.key_width)
+    decoded = centroids.double() * scale[same].double()[..., None]
+    residual = get_rotation(page.head_dim).forward(key.double())[same] - decoded
+    sketched = page_sketch(page.head_dim).forward(residual) / residual.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    assert (sketched.abs()[found[4][same] != signs[same]] < 1e-4).all()
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(found[5][same].float(), sketch_scale[same].float(), rtol=1.1e-3, atol=6e-8)
 
 
 def check_untouched(page, got, expected, view, slots):
@@ -171,7 +190,7 @@ def test_near_ties_are_rare():
 @pytest.mark.parametrize(
     "preset, head_dim",
     [
-        *itertools.product(("turboquant", "turboquant:k8v8", "turboquant:k5v4", "turboquant:k2v2"), (64, 112, 128)),
+        *itertools.product([f"turboquant{name}" for name in ("", ":k8v8", ":k5v4", ":k2v2", ":prod")], (64, 112, 128)),
         *itertools.product(("turboquant:t3", "turboquant:t2"), cuda_ops.TRELLIS_HEAD_DIMS),
     ],
 )
@@ -191,7 +210,7 @@ def test_strange_vectors(preset, head_dim):
     page, got, expected, view = run_both(preset, key, value, slots, block_size=64)
     empty = torch.tensor([1, 2, 3, 4, 5, 9])
     found, reference = read_slots(view(got), page, slots), read_slots(view(expected), page, slots)
-    for i in (0, 2):
+    for i in range(0, len(found), 2):
         assert (found[i][empty, 0] == 0).all() and (found[i + 1][empty, 0] == 0).all()
         assert found[i + 1].isfinite().all()
     ordinary = torch.cat((torch.tensor([0]), torch.arange(10, 64)))

@@ -8,6 +8,7 @@ import torch
 
 from tq_vllm.config import SCALE_RULES, TRELLIS, get_config
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_UNIT
+from tq_vllm.core.qjl import orthogonal_gain
 from tq_vllm.format import TILE_TOKENS, Section, TurboQuantPage
 from tq_vllm.ops.cuda_attention import attention, refuse_attention  # noqa: F401  attention is the other operation
 from tq_vllm.ops.cuda_library import BUILD, DTYPES, PATH, check, library, stream_of, why_missing
@@ -56,12 +57,14 @@ class _Role(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("scale_rule", ctypes.c_int32),
         ("vector_loads", ctypes.c_int32),
-        ("plane", ctypes.c_int32 * 2),
-        ("token_bytes", ctypes.c_int32 * 2),
+        ("plane", ctypes.c_int32 * 3),
+        ("token_bytes", ctypes.c_int32 * 3),
         ("word_bytes", ctypes.c_int32),
         ("scale", ctypes.c_int32),
         ("num_candidates", ctypes.c_int32),
         ("table_rows", ctypes.c_int32),
+        ("sketch_scale", ctypes.c_int32),
+        ("sketch_gain", ctypes.c_float),
         ("magnitude_cap", ctypes.c_float),
         ("cells_per_unit", ctypes.c_float * MAX_CANDIDATES),
     ]
@@ -129,6 +132,10 @@ def _template(preset: str, head_dim: int) -> tuple[TurboQuantPage, bytes]:
     key = config.key_width, config.key_scale_rule, page.key_sections, page.key_scale_offset
     value = config.value_width, config.value_scale_rule, page.value_sections, page.value_scale_offset
     params.role[0] = _role(*key, config.scale_search, is_key=True)
+    for section in page.sketch_sections:
+        role = params.role[0]
+        role.plane[2], role.token_bytes[2] = section.offset, 4 * section.words
+        role.sketch_scale, role.sketch_gain = page.sketch_scale_offset, orthogonal_gain(head_dim)
     params.role[1] = _role(*value, config.scale_search, is_key=False)
     return page, bytes(params)
 
