@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SEGMENT_TOKENS
 from tq_vllm.ops import cuda_attention, triton_ops
-from tq_vllm.ops.torch_pages import get_page, read_tokens
+from tq_vllm.ops.torch_pages import get_page, read_sketches, read_tokens
 
 BYTES_PER_REPLAY = 400 << 20  # of distinct cache read by one replay, at least
 MAX_RELATIVE_ERROR = 1e-2  # of bf16 outputs: rounding of the output alone is 2e-3
@@ -59,7 +60,7 @@ class Case:
 
 
 HEADLINE = [(32, 8192), (8, 32768), (64, 4096), (1, 131072), (1, 32768), (256, 1024), (1, 2048), (8, 1024)]
-WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k3v2", "k2v2")
+WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k3v2", "k2v2", "prod")
 
 
 def default_cases() -> list[Case]:
@@ -117,8 +118,11 @@ class Decode:
         shape = (blocks_each * self.replicas, case.num_kv_heads, case.block_size, self.page.slot_bytes)
         self.kv_cache = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 256)
         records = self.kv_cache.view(shape[0], case.num_kv_heads, case.block_size // 16, self.page.tile_bytes)
-        for offset in (self.page.key_scale_offset, self.page.value_scale_offset):
+        offsets = self.page.key_scale_offset, self.page.value_scale_offset, self.page.sketch_scale_offset
+        for offset in offsets[: 3 if self.page.config.key_sketch else 2]:
             scales = torch.rand(*records.shape[:3], 16, device="cuda").mul_(0.5).add_(0.75).half()
+            if offset == self.page.sketch_scale_offset:
+                scales *= 0.2  # what 3-bit codes miss
             records[..., offset : offset + 32] = scales.view(torch.uint8)
         order = torch.randperm(shape[0], device="cuda").to(torch.int32)
         self.block_tables = order.view(self.replicas, case.batch, -1)
@@ -145,12 +149,16 @@ class Decode:
     def reference(self, request: int) -> torch.Tensor:
         """Float64 attention of one request to what its codes mean: [query_len, num_heads, head_dim]."""
         case, rotation = self.case, get_rotation(self.case.head_dim)
-        key, value, key_scale, value_scale = read_tokens(
-            self.kv_cache, self.page, self.block_tables[0][request : request + 1].long(), torch.float32
-        )
+        blocks = self.block_tables[0][request : request + 1].long()
+        key, value, key_scale, value_scale = read_tokens(self.kv_cache, self.page, blocks, torch.float32)
         key, value = (x[0, :, : case.context] for x in (key, value))  # [num_kv_heads, context, head_dim]
         key = key.double() * key_scale[0, :, : case.context, None].double()
         value = value.double() * value_scale[0, :, : case.context, None].double()
+        if self.page.config.key_sketch:
+            tiles = torch.arange(case.block_size // 16, device="cuda").repeat(blocks.shape[1])
+            blocks = blocks.repeat_interleave(case.block_size // 16, 1)
+            signs, scale = read_sketches(self.kv_cache, self.page, blocks, tiles, torch.float64)
+            key += page_sketch(case.head_dim).inverse(signs * scale[..., None])[0, :, : case.context]
         if case.key_offset:
             offset = rotation.forward(self.key_offset.double()).repeat_interleave(SEGMENT_TOKENS, 0)[: case.context]
             key += offset.transpose(0, 1)

@@ -5,7 +5,7 @@
 
 namespace tq {
 
-// m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.
+// m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<KEY>::VALUE.
 template <int KEY> struct LevelTable;
 template <> struct LevelTable<2> {
   static constexpr int COUNT = 2;
@@ -32,6 +32,20 @@ template <> struct LevelTable<5> {
   static constexpr int COUNT = 16;
   __host__ __device__ static constexpr int at(int i) {
     constexpr int table[] = {2, 7, 12, 17, 22, 27, 33, 39, 45, 52, 59, 67, 76, 87, 101, 122};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct LevelTable<18> {
+  static constexpr int COUNT = 4;
+  __host__ __device__ static constexpr int at(int i) {
+    constexpr int table[] = {11, 35, 63, 111};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct LevelTable<19> {
+  static constexpr int COUNT = 8;
+  __host__ __device__ static constexpr int at(int i) {
+    constexpr int table[] = {5, 14, 25, 36, 49, 65, 87, 123};
     return i < COUNT ? table[i] : 0;
   }
 };
@@ -73,5 +87,7 @@ template <> struct Unit<2> { static constexpr float VALUE = 0x1.a1a0000000000p-8
 template <> struct Unit<3> { static constexpr float VALUE = 0x1.41e0000000000p-7f; };
 template <> struct Unit<4> { static constexpr float VALUE = 0x1.8760000000000p-7f; };
 template <> struct Unit<5> { static constexpr float VALUE = 0x1.b2e0000000000p-7f; };
+template <> struct Unit<18> { static constexpr float VALUE = 0x1.11f0000000000p-7f; };
+template <> struct Unit<19> { static constexpr float VALUE = 0x1.4680000000000p-7f; };
 
 }  // namespace tq

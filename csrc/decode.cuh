@@ -25,9 +25,10 @@
 namespace tq {
 
 // Sizes of an instantiation.
-template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_> struct Shape {
+template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_, bool SKETCH_ = false> struct Shape {
   static constexpr int KEY_BITS = KEY_BITS_, VALUE_BITS = VALUE_BITS_, D = D_, ROWS = ROWS_;
-  using Page = tq::Page<KEY_BITS, VALUE_BITS, D>;
+  static constexpr bool SKETCH = SKETCH_;  // keys have one: scores are two products, with a scale each
+  using Page = tq::Page<KEY_BITS, VALUE_BITS, D, SKETCH>;
   static constexpr int TILE_BYTES = Page::TILE_BYTES;
   static constexpr int TILES = TILE_BYTES <= 2368 ? 4 : TILE_BYTES <= 4672 ? 2 : 1;  // 16-token tiles of a group
   static constexpr int STAGES = 2;

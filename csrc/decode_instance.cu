@@ -29,17 +29,27 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * warps, merge);
 }
 
-// Eight rows of 256 do not fit the registers, nor do 32.
-int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-#define TQ_PRESETS(X) X(8, 8) X(8, 4) X(5, 4) X(4, 4) X(4, 3) X(3, 3) X(3, 2) X(2, 2)  // key bits, value bits
-#define TQ_TRY(K, V)                                                                                           \
-  if (launch.key_bits == K && launch.value_bits == V) {                                                        \
-    if (launch.rows == 4) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 4>>(params, launch, stream);            \
-    if constexpr (TQ_HEAD_DIM == 256) return launch_shape<Shape<K, V, 256, 16>>(params, launch, stream);        \
-    if (launch.rows == 8) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 8>>(params, launch, stream);            \
-    if (launch.rows == 16) return launch_shape<Shape<K, V, TQ_HEAD_DIM, 16>>(params, launch, stream);          \
-    return launch_shape<Shape<K, V, TQ_HEAD_DIM, 32>>(params, launch, stream);                                 \
+// Eight rows of 256 do not fit the registers, nor do 32. Blocks of 16 and 32 rows know no key sketches.
+template <int K, int V, bool SKETCH> int launch_rows(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
+  constexpr int D = TQ_HEAD_DIM;
+  if (launch.rows == 4) return launch_shape<Shape<K, V, D, 4, SKETCH>>(params, launch, stream);
+  if constexpr (D < 256) {
+    if (launch.rows == 8) return launch_shape<Shape<K, V, D, 8, SKETCH>>(params, launch, stream);
+    if constexpr (!SKETCH)
+      if (launch.rows == 32) return launch_shape<Shape<K, V, D, 32>>(params, launch, stream);
   }
+  if constexpr (!SKETCH)
+    if (launch.rows == 16) return launch_shape<Shape<K, V, D, 16>>(params, launch, stream);
+  return cudaErrorInvalidValue;
+}
+
+int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
+// Widths of keys and values, key sketch.
+#define TQ_PRESETS(X)                                                                                                        \
+  X(8, 8, 0) X(8, 4, 0) X(5, 4, 0) X(4, 4, 0) X(4, 3, 0) X(3, 3, 0) X(3, 2, 0) X(2, 2, 0) X(19, 19, 0) X(18, 18, 0) X(3, 4, 1)
+#define TQ_TRY(K, V, SKETCH)                                                                                                 \
+  if (launch.key_bits == K && launch.value_bits == V && launch.key_sketch == SKETCH)                                         \
+    return launch_rows<K, V, SKETCH>(params, launch, stream);
   TQ_PRESETS(TQ_TRY)
   return cudaErrorInvalidValue;
 }

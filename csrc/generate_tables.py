@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.config import TRELLIS
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_LEVELS, TRELLIS_UNIT
 from tq_vllm.core.hadamard import base_matrix
-from tq_vllm.core.rotations import get_rotation
+from tq_vllm.core.qjl import page_sketch
+from tq_vllm.core.rotations import Rotation, get_rotation
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
 
 HEADER = """// Written by csrc/generate_tables.py from tq_vllm/core; do not edit.
@@ -30,17 +32,19 @@ def _tables(name: str, comment: str, rows: dict[int, list[str]], value_type: str
 
 
 def codebook() -> str:
-    levels = {bits: [str(m) for m in row] for bits, row in PAGE_LEVELS.items()}
+    trellis_levels = {TRELLIS + bits: row for bits, row in TRELLIS_LEVELS.items()}
+    trellis_units = {TRELLIS + bits: unit for bits, unit in TRELLIS_UNIT.items()}
+    levels = {width: [str(m) for m in row] for width, row in (PAGE_LEVELS | trellis_levels).items()}
     steps = {
         bits: [str(a + b + 1) for a, b in zip(row[:-1], row[1:], strict=True)] for bits, row in PAGE_LEVELS.items()
     }
     units = "".join(
         f"template <> struct Unit<{bits}> {{ static constexpr float VALUE = {unit.hex()}f; }};\n"
-        for bits, unit in PAGE_UNIT.items()
+        for bits, unit in (PAGE_UNIT | trellis_units).items()
     )
     return (
         HEADER
-        + _tables("Level", "m of each magnitude, KEY = bits: magnitude = (2m + 1) * Unit<bits>::VALUE.", levels, "int")
+        + _tables("Level", "m of each magnitude, KEY = width: magnitude = (2m + 1) * Unit<KEY>::VALUE.", levels, "int")
         + _tables("Step", "Thresholds between magnitudes in units, KEY = bits; on a threshold goes up.", steps, "int")
         + "\n// The unit of a width: 12 significant bits.\ntemplate <int BITS> struct Unit;\n"
         + units
@@ -48,12 +52,16 @@ def codebook() -> str:
     )
 
 
+def _sign_words(rotation: Rotation) -> list[str]:
+    negative = (rotation.signs()[0] < 0).tolist()  # [head_dim]
+    words = [sum(negative[i + b] << b for b in range(min(32, len(negative) - i))) for i in range(0, len(negative), 32)]
+    return [f"0x{word:08x}u" for word in words]
+
+
 def rotation_tables() -> str:
-    signs, mixes = {}, {}
-    for head_dim in SUPPORTED_HEAD_DIMS:
-        negative = (get_rotation(head_dim).signs()[0] < 0).tolist()  # [head_dim]
-        words = [sum(negative[i + b] << b for b in range(min(32, head_dim - i))) for i in range(0, head_dim, 32)]
-        signs[head_dim] = [f"0x{word:08x}u" for word in words]
+    signs = {head_dim: _sign_words(get_rotation(head_dim)) for head_dim in SUPPORTED_HEAD_DIMS}
+    sketch = {head_dim: _sign_words(page_sketch(head_dim)) for head_dim in SUPPORTED_HEAD_DIMS}
+    mixes = {}
     for order in (12, 20, 28):
         rows = base_matrix(order).tolist()
         mixes[order] = [f"0x{sum((entry < 0) << c for c, entry in enumerate(row)):08x}u" for row in rows]
@@ -65,6 +73,7 @@ def rotation_tables() -> str:
             signs,
             WORD,
         )
+        + _tables("SketchSign", "The same of the second rotation, that of key sketches.", sketch, WORD)
         + _tables("Base", "Base Hadamard matrix, KEY = order: bit c of word r set = entry (r, c) is -1.", mixes, WORD)
         + "\n}  // namespace tq\n"
     )

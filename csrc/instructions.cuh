@@ -1,4 +1,4 @@
-// The instructions of the decode kernel that CUDA C++ has no name for; tests/simt has the same for a CPU.
+// The instructions of the kernels that CUDA C++ has no name for; tests/simt has the same for a CPU.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,15 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t select
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+
+// A word of shared memory, by its address there.
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // d += A B, m16n8k32.
 __device__ __forceinline__ void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -4,13 +4,14 @@
 namespace tq {
 
 constexpr int TILE_TOKENS = 16;
+constexpr int TRELLIS = 16;         // a width of TRELLIS + b is b bits a coordinate, trellis-coded
 constexpr int SEGMENT_TOKENS = 64;  // a key offset is constant over this many absolute positions
 
-__host__ __device__ constexpr int num_planes(int bits) { return bits == 5 || bits == 3 ? 2 : 1; }
+__host__ __device__ constexpr int num_planes(int bits) { return bits == 5 || bits == 3 || bits > TRELLIS ? 2 : 1; }
 
 // Bits a coordinate takes in plane 0 or 1 of a width.
 __host__ __device__ constexpr int plane_bits(int bits, int plane) {
-  return plane == 1 ? 1 : bits == 5 ? 4 : bits == 3 ? 2 : bits;
+  return plane == 1 ? 1 : bits == 5 ? 4 : bits == 3 ? 2 : bits > TRELLIS ? bits - TRELLIS - 1 : bits;
 }
 
 __host__ __device__ constexpr int words_per_token(int plane_bits, int head_dim) { return (head_dim * plane_bits + 31) / 32; }
@@ -37,17 +38,24 @@ __host__ __device__ constexpr int coordinate_bit(int plane_bits, int c) {
 // Bit of the sign of coordinate c in its word of plane 4.
 __host__ __device__ constexpr int sign_bit(int c) { return 8 * (c % 4) + (c % 8 < 4 ? 7 : 3); }
 
-// Byte offsets in a tile record of 16 tokens. A key word stands at plane + 4 * (token * words + word), a value word at
-// plane + 4 * (word * 16 + value_token_order(token)), a scale at 2 * token.
-template <int KEY_BITS, int VALUE_BITS, int HEAD_DIM>
+// The lower bit of coordinate k of the j-th group of a trellis block in its word of plane 1 (coded or, of 2 bits, uncoded) or
+// of plane 2 (uncoded: word j % 2 of the block), and there its upper bit.
+__host__ __device__ constexpr int trellis_bit(int plane_bits, int j, int k) { return plane_bits == 1 ? 4 * k + j : 4 * k + j / 2 * 2; }
+__host__ __device__ constexpr int trellis_top_bit(int j, int k) { return sign_bit(k) - 2 + j / 2 * 2; }
+
+// Byte offsets in a tile record of 16 tokens, SKETCH: with the signs and scales of a key sketch. A key word stands at
+// plane + 4 * (token * words + word), a value word at plane + 4 * (word * 16 + value_token_order(token)), a scale at 2 * token.
+template <int KEY_BITS, int VALUE_BITS, int HEAD_DIM, bool SKETCH = false>
 struct Page {
   static constexpr int KEY_PLANE_0 = 0;
   static constexpr int KEY_PLANE_1 = plane_bytes(plane_bits(KEY_BITS, 0), HEAD_DIM);  // if KEY_BITS has two planes
-  static constexpr int VALUE_PLANE_0 = codes_bytes(KEY_BITS, HEAD_DIM);
+  static constexpr int SKETCH_PLANE = codes_bytes(KEY_BITS, HEAD_DIM);
+  static constexpr int VALUE_PLANE_0 = SKETCH_PLANE + (SKETCH ? plane_bytes(1, HEAD_DIM) : 0);
   static constexpr int VALUE_PLANE_1 = VALUE_PLANE_0 + plane_bytes(plane_bits(VALUE_BITS, 0), HEAD_DIM);
   static constexpr int KEY_SCALE = VALUE_PLANE_0 + codes_bytes(VALUE_BITS, HEAD_DIM);
   static constexpr int VALUE_SCALE = KEY_SCALE + 2 * TILE_TOKENS;
-  static constexpr int TILE_BYTES = VALUE_SCALE + 2 * TILE_TOKENS;
+  static constexpr int SKETCH_SCALE = VALUE_SCALE + 2 * TILE_TOKENS;
+  static constexpr int TILE_BYTES = SKETCH_SCALE + (SKETCH ? 2 * TILE_TOKENS : 0);
   static constexpr int SLOT_BYTES = TILE_BYTES / TILE_TOKENS;
 };
 

@@ -9,12 +9,17 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // How LANES consecutive lanes hold a vector: lane q has coordinates r * STRIDE + q * RUN + j, r < ROWS, j < RUN. The matrix
 // is kron(base matrix of order BASE, Sylvester matrix); a row is one run of the Sylvester part where BASE > 1. Few lanes
-// a vector make the least work, WIDE (where BASE is 1) the shortest way through a single vector.
-template <int HEAD_DIM_, bool WIDE>
+// a vector make the least work, WIDE (where BASE is 1) the shortest way through a single vector; BLOCKS: a lane holds one
+// trellis block, with its j-th group in row j.
+enum Spread { NARROW, WIDE, BLOCKS };
+template <int HEAD_DIM_, Spread SPREAD>
 struct VectorShape {
   static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr int BASE = HEAD_DIM == 80 ? 20 : HEAD_DIM == 112 ? 28 : HEAD_DIM == 96 || HEAD_DIM == 192 ? 12 : 1;
-  static constexpr int LANES = WIDE && BASE == 1 ? HEAD_DIM / 8 : HEAD_DIM >= 192 ? 8 : 4;
+  static constexpr int LANES = SPREAD == BLOCKS              ? HEAD_DIM / 32
+                               : SPREAD == WIDE && BASE == 1 ? HEAD_DIM / 8
+                               : HEAD_DIM >= 192             ? 8
+                                                             : 4;
   static constexpr int STRIDE = BASE > 1 ? HEAD_DIM / BASE : 8 * LANES;
   static constexpr int RUN = STRIDE / LANES;
   static constexpr int ROWS = HEAD_DIM / STRIDE;
@@ -26,9 +31,8 @@ struct VectorShape {
 // LANES of its vector. Neighbours lie 16 bits apart, as the signs of two 16-bit numbers in a word do.
 __device__ constexpr int sign_place(int i) { return i / 2 + 16 * (i % 2); }
 
-template <class Shape>
+template <class Shape, class Table = SignTable<Shape::HEAD_DIM>>
 __device__ __forceinline__ uint32_t lane_signs(int q) {
-  using Table = SignTable<Shape::HEAD_DIM>;
   static __constant__ const uint32_t words[8] = {Table::at(0), Table::at(1), Table::at(2), Table::at(3),
                                                  Table::at(4), Table::at(5), Table::at(6), Table::at(7)};
   uint32_t signs = 0;

@@ -57,6 +57,58 @@ template <> struct SignTable<256> {
   }
 };
 
+// The same of the second rotation, that of key sketches.
+template <int KEY> struct SketchSignTable;
+template <> struct SketchSignTable<64> {
+  static constexpr int COUNT = 2;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<80> {
+  static constexpr int COUNT = 3;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x00007791u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<96> {
+  static constexpr int COUNT = 3;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x66797791u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<112> {
+  static constexpr int COUNT = 4;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x66797791u, 0x00003673u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<128> {
+  static constexpr int COUNT = 4;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x66797791u, 0x07933673u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<192> {
+  static constexpr int COUNT = 6;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x66797791u, 0x07933673u, 0x929df118u, 0x8d0c204cu};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+template <> struct SketchSignTable<256> {
+  static constexpr int COUNT = 8;
+  __host__ __device__ static constexpr uint32_t at(int i) {
+    constexpr uint32_t table[] = {0xec0f2ae7u, 0xdd233bf8u, 0x66797791u, 0x07933673u, 0x929df118u, 0x8d0c204cu, 0xcad84809u, 0x4cce8161u};
+    return i < COUNT ? table[i] : 0;
+  }
+};
+
 // Base Hadamard matrix, KEY = order: bit c of word r set = entry (r, c) is -1.
 template <int KEY> struct BaseTable;
 template <> struct BaseTable<12> {

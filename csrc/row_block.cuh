@@ -3,6 +3,8 @@
 // Lane (g, q) = (lane / 4, lane % 4) has, of query rows q, q + 4, ..: the scores of tokens g and g + 8 of a tile, and the
 // coordinates 64 i + 8 g + 0..7 of a query or an output.
 #pragma once
+#include <type_traits>
+
 #include "codes.cuh"
 #include "decode.h"
 #include "instructions.cuh"
@@ -32,12 +34,19 @@ template <class T> __device__ __forceinline__ T sum_over_tokens(T x) {
 
 template <class S> struct RowBlock {
   static constexpr int RT = S::ROW_TILES, D = S::D;
-  using Key = KeyCodes<S::KEY_BITS, D>;
-  using Value = ValueCodes<S::VALUE_BITS, D>;
+  using Key = KeysOf<S::KEY_BITS, D>;
+  using Sketch = KeyCodes<SIGNS, D>;
+  using Value = ValuesOf<S::VALUE_BITS, D>;
   using Coordinates = float[D / 64][2][4];  // 64 i + 8 g + 4 h + j at [i][h][j]
 
-  uint32_t query[RT][Key::STEPS][2];       // operand B of the scores
-  float query_scale[RT], query_shift[RT];  // score = key scale * ((MAGIC + 128 high + low) * query_scale + query_shift)
+  // Operand B of the scores; score = key scale * ((MAGIC + 128 high + low) * scale + shift).
+  template <class Codes> struct Query {
+    uint32_t bytes[RT][Codes::STEPS][2];
+    float scale[RT], shift[RT];
+  };
+  struct Nothing {};
+  Query<Key> query;
+  std::conditional_t<S::SKETCH, Query<Sketch>, Nothing> sketched;  // in the space of the key sketches
   float reference[RT];                     // weights are exp2(score - reference)
   float sum[RT];                           // of this lane's weights
   float weighted[RT];                      // of this lane's weights times value scales
@@ -68,8 +77,7 @@ template <class S> struct RowBlock {
     }
   }
 
-  static __device__ __forceinline__ void flip_signs(Coordinates& x, int lane) {
-    using T = SignTable<D>;
+  template <class T = SignTable<D>> static __device__ __forceinline__ void flip_signs(Coordinates& x, int lane) {
     const int g = lane >> 2;
 #pragma unroll
     for (int i = 0; i < D / 64; i++) {
@@ -130,44 +138,67 @@ template <class S> struct RowBlock {
 
   // Rotate and quantize the query and start the softmax. bytes: [ROWS][high, low][D] of this warp.
   __device__ __forceinline__ void prepare(const DecodeParams& p, const Cursor&, const QueryBits& bits, uint8_t* bytes, int lane) {
-    const int q = lane & 3, g = lane >> 2;
     __syncwarp();
+    Coordinates x[RT];
 #pragma unroll
     for (int t = 0; t < RT; t++) {
-      Coordinates x;
-      const int row = 4 * t + q;
 #pragma unroll
-      for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits.x[t][n >> 3], n & 7, p.dtype);
-      rotate(x, lane);
-      int total = 0;
-      float maximum = largest(x);
-      const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < D / 64; i++) {
-        uint32_t high[2] = {}, low[2] = {};
-#pragma unroll
-        for (int n = 0; n < 8; n++) quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
-        *reinterpret_cast<uint2*>(bytes + 2 * row * D + 64 * i + 8 * g) = make_uint2(high[0], high[1]);
-        *reinterpret_cast<uint2*>(bytes + (2 * row + 1) * D + 64 * i + 8 * g) = make_uint2(low[0], low[1]);
-      }
-      // A NaN escapes fmaxf: let it reach the scores.
-      if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];
-      query_scale[t] = scale_of(p, maximum);
-      query_shift[t] = shift_of(query_scale[t], sum_over_tokens(total));
+      for (int n = 0; n < D / 8; n++) x[t][n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits.x[t][n >> 3], n & 7, p.dtype);
+      rotate(x[t], lane);
+      write_bytes<S::KEY_BITS>(p, x[t], t, rsqrtf(float(D)), query, bytes, lane);
     }
     __syncwarp();
+    read_bytes<Key>(query, bytes, lane);
+    if constexpr (S::SKETCH) {
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < RT; t++) {
+        rotate<SketchSignTable<D>>(x[t], lane);
+        write_bytes<SIGNS>(p, x[t], t, 1.0f / D, sketched, bytes, lane);
+      }
+      __syncwarp();
+      read_bytes<Sketch>(sketched, bytes, lane);
+    }
 #pragma unroll
     for (int t = 0; t < RT; t++) {
-#pragma unroll
-      for (int s = 0; s < Key::STEPS; s++) {
-        const int group = Key::group_of(q, s);
-        const uint2 w = *reinterpret_cast<const uint2*>(bytes + (2 * (4 * t + (g >> 1)) + (g & 1)) * D + 8 * group);
-        query[t][s][0] = w.x, query[t][s][1] = w.y;
-      }
       reference[t] = NOTHING, sum[t] = 0, weighted[t] = 0;
 #pragma unroll
       for (int n = 0; n < D / 64 * 8; n++) output[t][n >> 3][n >> 2 & 1][n & 3] = 0;
     }
+  }
+
+  // Quantize rows 4 t .. 4 t + 3, whose rotated coordinates are `normaliser` times x, for scores with codes of a width.
+  template <int BITS, class Q>
+  static __device__ __forceinline__ void write_bytes(const DecodeParams& p, const Coordinates& x, int t, float normaliser, Q& to,
+                                                     uint8_t* bytes, int lane) {
+    const int g = lane >> 2, row = 4 * t + (lane & 3);
+    float maximum = largest(x);
+    int total = 0;
+    const float inverse = maximum > 0 ? __fdividef(QUERY_MAX, maximum) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 64; i++) {
+      uint32_t high[2] = {}, low[2] = {};
+#pragma unroll
+      for (int n = 0; n < 8; n++) quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
+      *reinterpret_cast<uint2*>(bytes + 2 * row * D + 64 * i + 8 * g) = make_uint2(high[0], high[1]);
+      *reinterpret_cast<uint2*>(bytes + (2 * row + 1) * D + 64 * i + 8 * g) = make_uint2(low[0], low[1]);
+    }
+    // A NaN escapes fmaxf: let it reach the scores.
+    if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];
+    to.scale[t] = scale_of<BITS>(p, maximum, normaliser);
+    to.shift[t] = shift_of<BITS>(to.scale[t], sum_over_tokens(total));
+  }
+
+  template <class Codes, class Q> static __device__ __forceinline__ void read_bytes(Q& to, const uint8_t* bytes, int lane) {
+    const int q = lane & 3, g = lane >> 2;
+#pragma unroll
+    for (int t = 0; t < RT; t++)
+#pragma unroll
+      for (int s = 0; s < Codes::STEPS; s++) {
+        const int group = Codes::group_of(q, s);
+        const uint2 w = *reinterpret_cast<const uint2*>(bytes + (2 * (4 * t + (g >> 1)) + (g & 1)) * D + 8 * group);
+        to.bytes[t][s][0] = w.x, to.bytes[t][s][1] = w.y;
+      }
   }
 
   // x in steps of 1 / inverse is 128 * high + low, with high -127..127 and low 0..127; shifted in as top bytes.
@@ -178,8 +209,8 @@ template <class S> struct RowBlock {
     low = prmt(low, n & 127, 0x4321);
   }
 
-  static __device__ __forceinline__ void rotate(Coordinates& x, int lane) {
-    flip_signs(x, lane);
+  template <class T = SignTable<D>> static __device__ __forceinline__ void rotate(Coordinates& x, int lane) {
+    flip_signs<T>(x, lane);
     butterflies(x, lane);
   }
   static __device__ __forceinline__ float largest(const Coordinates& x) {
@@ -188,11 +219,46 @@ template <class S> struct RowBlock {
     for (int n = 0; n < D / 8; n++) maximum = fmaxf(maximum, fabsf(x[n >> 3][n >> 2 & 1][n & 3]));
     return max_over_tokens(maximum);
   }
-  static __device__ __forceinline__ float scale_of(const DecodeParams& p, float maximum) {
-    return maximum * (1.0f / QUERY_MAX) * rsqrtf(float(D)) * p.softmax_scale * LOG2_E * centroid_unit<S::KEY_BITS>();
+  // Of rows whose largest rotated coordinate is normaliser * maximum, for scores with codes of a width.
+  template <int BITS>
+  static __device__ __forceinline__ float scale_of(const DecodeParams& p, float maximum, float normaliser) {
+    return maximum * (1.0f / QUERY_MAX) * normaliser * p.softmax_scale * LOG2_E * centroid_unit<BITS>();
   }
-  static __device__ __forceinline__ float shift_of(float scale, int total) {
-    return ((HAS_HALF<S::KEY_BITS> ? 0.5f * total : 0.0f) - MAGIC) * scale;
+  template <int BITS> static __device__ __forceinline__ float shift_of(float scale, int total) {
+    return ((HAS_HALF<BITS> ? 0.5f * total : 0.0f) - MAGIC) * scale;
+  }
+
+  // Scores of the 16 tokens of a section of key codes, without their scales: of tokens g and g + 8 at [r][0] and [r][1].
+  template <class Codes, class Q>
+  static __device__ __forceinline__ void multiply(const uint8_t* section, const Q& with, float (&score)[RT][2], int lane) {
+    const int q = lane & 3, g = lane >> 2;
+    int product[RT][4];
+#pragma unroll
+    for (int c = 0; c < Codes::STEPS / Codes::CHUNK; c++) {
+      Codes first, second;
+      first.load(section, g, c, q);
+      second.load(section, g + 8, c, q);
+#pragma unroll
+      for (int i = 0; i < Codes::CHUNK; i++) {
+        uint32_t a[4];
+        first.get(i, a[0], a[2]);
+        second.get(i, a[1], a[3]);
+        const int s = c * Codes::CHUNK + i;
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+          if (s == 0)
+            mma_s8_first(product[r], a[0], a[1], a[2], a[3], with.bytes[r][s][0], with.bytes[r][s][1]);
+          else
+            mma_s8(product[r], a[0], a[1], a[2], a[3], with.bytes[r][s][0], with.bytes[r][s][1]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        const float x = fmaf(__int_as_float(product[r][2 * h]) - MAGIC, 128.0f, __int_as_float(product[r][2 * h + 1]));
+        score[r][h] = fmaf(x, with.scale[r], with.shift[r]);
+      }
   }
 
   // Add the tokens of a group, first position `position`, whose records stand in `stage`; offset: added to every score.
@@ -203,26 +269,9 @@ template <class S> struct RowBlock {
 #pragma unroll
     for (int t = 0; t < S::TILES; t++) {
       const uint8_t* tile = stage + t * S::TILE_BYTES;
-      int product[RT][4];
-#pragma unroll
-      for (int c = 0; c < Key::STEPS / Key::CHUNK; c++) {
-        Key first, second;
-        first.load(tile, g, c, q);
-        second.load(tile, g + 8, c, q);
-#pragma unroll
-        for (int i = 0; i < Key::CHUNK; i++) {
-          uint32_t a[4];
-          first.get(i, a[0], a[2]);
-          second.get(i, a[1], a[3]);
-          const int s = c * Key::CHUNK + i;
-#pragma unroll
-          for (int r = 0; r < RT; r++)
-            if (s == 0)
-              mma_s8_first(product[r], a[0], a[1], a[2], a[3], query[r][s][0], query[r][s][1]);
-            else
-              mma_s8(product[r], a[0], a[1], a[2], a[3], query[r][s][0], query[r][s][1]);
-        }
-      }
+      float product[RT][2], correction[RT][2];
+      multiply<Key>(tile, query, product, lane);
+      if constexpr (S::SKETCH) multiply<Sketch>(tile + S::Page::SKETCH_PLANE, sketched, correction, lane);
       const __half* key_scale = reinterpret_cast<const __half*>(tile + S::Page::KEY_SCALE);
       const __half* scale_of_value = reinterpret_cast<const __half*>(tile + S::Page::VALUE_SCALE);
 #pragma unroll
@@ -230,9 +279,11 @@ template <class S> struct RowBlock {
         const float scale = __half2float(key_scale[g + 8 * h]);
         value_scale[t][h] = __half2float(scale_of_value[g + 8 * h]);
 #pragma unroll
-        for (int r = 0; r < RT; r++) {
-          const float x = fmaf(__int_as_float(product[r][2 * h]) - MAGIC, 128.0f, __int_as_float(product[r][2 * h + 1]));
-          score[t][r][h] = fmaf(fmaf(x, query_scale[r], query_shift[r]), scale, offset[r]);
+        for (int r = 0; r < RT; r++) score[t][r][h] = fmaf(product[r][h], scale, offset[r]);
+        if constexpr (S::SKETCH) {
+          const float sketch_scale = __half2float(reinterpret_cast<const __half*>(tile + S::Page::SKETCH_SCALE)[g + 8 * h]);
+#pragma unroll
+          for (int r = 0; r < RT; r++) score[t][r][h] = fmaf(correction[r][h], sketch_scale, score[t][r][h]);
         }
       }
     }

@@ -13,27 +13,26 @@
 
 #include "codebook.cuh"
 #include "early_start.cuh"
+#include "instructions.cuh"
 #include "layout.cuh"
 #include "rotation.cuh"
 #include "store_kv.h"
+#include "trellis.cuh"
 
 namespace tq {
 
 constexpr int STORE_THREADS = 256;
 // CTAs of a multiprocessor: three leave 80 registers a thread, each has its own table.
 __host__ __device__ constexpr int store_ctas(int head_dim) { return head_dim == 256 ? 2 : 3; }
+// Dynamic shared memory and CTAs of a multiprocessor for trellis codes, of which every thread holds a block there.
+constexpr int TRELLIS_SHARED_BYTES = TRELLIS_BLOCK * STORE_THREADS * 4, TRELLIS_CTAS = 2;
+constexpr bool has_trellis(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
 constexpr float FLOAT16_MAX = 65504.f;
 constexpr float FLOOR_BIAS = 8388608.f;  // 2^23: adding it with rounding down leaves floor(x) in the low mantissa bits
 constexpr uint32_t TABLE_ROW_BYTES = 32 * 4;
 constexpr uint32_t FLOOR_BIAS_ADDRESS = 0x4b000000u * TABLE_ROW_BYTES;  // of 2^23 itself, modulo 2^32
 constexpr uint32_t INDEX_MASK = 15;  // a level 2m+1 has 8 significant bits: its low mantissa bits are free
 constexpr float FLOAT32_MAX = 3.402823466e38f;
-
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t x;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
-  return x;
-}
 
 // Cell of a magnitude as the address of its table entry; `base` is lane's entry of row 0 minus FLOOR_BIAS_ADDRESS.
 __device__ __forceinline__ uint32_t table_address(float magnitude, float cells_per_unit, uint32_t base) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ void prefetch_vector(const StoreParams& params, const
   const int element_bytes = role.dtype == FLOAT32 ? 4 : 2;
   const int64_t start = token * role.token_stride + item % params.num_kv_heads * role.head_stride;
   const int part = lane % Shape::LANES * (Shape::HEAD_DIM / Shape::LANES);
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(role.x) + (start + part) * element_bytes));
+  prefetch_l2(static_cast<const uint8_t*>(role.x) + (start + part) * element_bytes);
 }
 
 // How the words of a plane are spread over the lanes of a vector: GROUP lanes hold parts of the same SLOTS words.
@@ -191,9 +190,10 @@ __device__ __forceinline__ void write_plane(
   }
 }
 
-__device__ __forceinline__ void write_scale(float scale, const StoreRole& role, int token, Destination to, int q) {
+// offset: of the scales in the tile record; token: 0..15, not permuted.
+__device__ __forceinline__ void write_scale(float scale, int offset, int token, Destination to, int q) {
   if (to.tile != nullptr && q == 0)
-    *reinterpret_cast<__half*>(to.tile + role.scale + 2 * token) = __float2half_rn(fminf(scale, FLOAT16_MAX));
+    *reinterpret_cast<__half*>(to.tile + offset + 2 * token) = __float2half_rn(fminf(scale, FLOAT16_MAX));
 }
 
 // 1 / sqrt(x) to the last digit: the approximation alone would decide between candidates that are 2^-22 apart.
@@ -202,9 +202,40 @@ __device__ __forceinline__ float inverse_root(float x) {
   return fmaf(0.5f * r, fmaf(-x * r, r, 1.f), r);
 }
 
+// Signs and scale of the second rotation of a residual (TurboQuant Alg. 2 lines 6 and 7; core/qjl.py). x: the residual of
+// the rotated vector times `per_unit`.
+template <class Shape>
+__device__ __forceinline__ void write_sketch(
+    float (&x)[Shape::ROWS][Shape::RUN], float per_unit, const StoreRole& role, Destination to, int q) {
+  using Plane = PlaneShape<Shape, 1>;
+  const uint32_t signs = lane_signs<Shape, SketchSignTable<Shape::HEAD_DIM>>(q);
+  float square = 0.f;
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) {
+#pragma unroll
+    for (int j = 0; j < Shape::RUN; j++) {
+      square = fmaf(x[r][j], x[r][j], square);
+      x[r][j] = flip_sign(x[r][j], signs, r * Shape::RUN + j);
+    }
+  }
+  const float norm = sqrtf(sum_lanes<Shape::LANES>(square));
+  hadamard<Shape>(x, q);
+  uint32_t words[Plane::SLOTS] = {};
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) {
+#pragma unroll
+    for (int j = 0; j < Shape::RUN; j++)  // not the sign bit: a zero is positive
+      words[Plane::slot(r, j)] |= static_cast<uint32_t>(x[r][j] < 0.f) << coordinate_bit(1, Plane::place(r, j));
+  }
+#pragma unroll
+  for (int s = 0; s < Plane::SLOTS; s++) words[s] <<= Plane::lane_bit(q);
+  write_plane<Shape, 1>(words, role, 2, to, q);
+  write_scale(norm * per_unit * role.sketch_gain, role.sketch_scale, to.token, to, q);  // a key's token is not permuted
+}
+
 // 2 to 5 bits: the page codebook with the best scale candidate. x: rotated, of length `length`, all 0 and 0 for an empty
-// vector. Returns the scale.
-template <class Shape, int BITS>
+// vector. SKETCH: and the sketch of what the codes miss. Returns the scale.
+template <class Shape, int BITS, bool SKETCH = false>
 __device__ __forceinline__ float encode_levels(
     float (&x)[Shape::ROWS][Shape::RUN], float length, const StoreRole& role, uint32_t table_base, Destination to, int q) {
   constexpr int MAIN = plane_bits(BITS, 0);  // plane of the index; in plane 4 with the sign, in plane 2 too for 2 bits
@@ -230,11 +261,13 @@ __device__ __forceinline__ float encode_levels(
         signs[Main::slot(r, j)] |= negative << Signs::constant_bit(r, j);
       }
       const float magnitude = fabsf(x[r][j]) * gain;
-      x[r][j] = fminf(magnitude, role.magnitude_cap);
-      dot_above += magnitude - x[r][j];
+      const float capped = fminf(magnitude, role.magnitude_cap);
+      dot_above += magnitude - capped;
+      x[r][j] = SKETCH ? x[r][j] * gain : capped;
     }
   }
   dot_above *= LAST_LEVEL;
+  const auto capped = [&](int r, int j) { return SKETCH ? fminf(fabsf(x[r][j]), role.magnitude_cap) : x[r][j]; };
 
   float best = -1.f, best_cells = role.cells_per_unit[0], best_square = 1.f;
   constexpr int BATCH = Shape::LANES > 8 ? 3 : 1;  // candidates at a time: with few coordinates a lane the sums' latency counts
@@ -249,8 +282,9 @@ __device__ __forceinline__ float encode_levels(
       for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
         for (int j = 0; j < Shape::RUN; j++) {
-          const float level = __uint_as_float(load_shared(table_address(x[r][j], cells[k], table_base)));
-          dots[(r + j) % 2] = fmaf(x[r][j], level, dots[(r + j) % 2]);
+          const float magnitude = capped(r, j);
+          const float level = __uint_as_float(load_shared(table_address(magnitude, cells[k], table_base)));
+          dots[(r + j) % 2] = fmaf(magnitude, level, dots[(r + j) % 2]);
           squares[(r + j) % 2] = fmaf(level, level, squares[(r + j) % 2]);
         }
       }
@@ -271,11 +305,21 @@ __device__ __forceinline__ float encode_levels(
     }
   }
 
+  const float norm = length / root;  // of the rotated vector with the factor 1 / sqrt(head_dim)
+  float scale = norm / root;
+  if (role.scale_rule == SCALE_NORM) scale = norm / (sqrtf(best_square) * Unit<BITS>::VALUE);
+  if (role.scale_rule == SCALE_UNBIASED) scale = length / (best * sqrtf(best_square) * Unit<BITS>::VALUE);
+  // A level in units of x as a reader of the stored scale sees it.
+  const float level_seen =
+      SKETCH && norm > 0.f ? __half2float(__float2half_rn(fminf(scale, FLOAT16_MAX))) * (Unit<BITS>::VALUE * root / norm) : 0.f;
+
 #pragma unroll
   for (int r = 0; r < Shape::ROWS; r++) {
 #pragma unroll
     for (int j = 0; j < Shape::RUN; j++) {
-      const uint32_t index = load_shared(table_address(x[r][j], best_cells, table_base)) & INDEX_MASK;
+      const uint32_t entry = load_shared(table_address(capped(r, j), best_cells, table_base));
+      const uint32_t index = entry & INDEX_MASK;
+      if constexpr (SKETCH) x[r][j] -= copysignf(__uint_as_float(entry & ~INDEX_MASK) * level_seen, x[r][j]);
       if constexpr (BITS == 5) {
         main[Main::slot(r, j)] |= (index >> 1) << coordinate_bit(4, Main::place(r, j));
         extra[Extra::slot(r, j)] |= (index & 1) << coordinate_bit(1, Extra::place(r, j));
@@ -296,10 +340,11 @@ __device__ __forceinline__ float encode_levels(
     write_plane<Shape, 1>(extra, role, 1, to, q);
   }
 
-  const float norm = length / root;  // of the rotated vector with the factor 1 / sqrt(head_dim)
-  if (role.scale_rule == SCALE_NORM) return norm / (sqrtf(best_square) * Unit<BITS>::VALUE);
-  if (role.scale_rule == SCALE_UNBIASED) return length / (best * sqrtf(best_square) * Unit<BITS>::VALUE);
-  return norm / root;
+  if constexpr (SKETCH) {
+    static_assert(LevelTable<BITS>::COUNT <= 8, "masking the index out of a table entry leaves the level");
+    write_sketch<Shape>(x, norm / root, role, to, q);
+  }
+  return scale;
 }
 
 // 8 bits: rint(u * 127 / max|u|) as a signed byte, u the unit-variance vector. Arguments and result as above.
@@ -333,10 +378,51 @@ __device__ __forceinline__ float encode_bytes(
   return length / (root * sqrtf(fmaxf(sum_lanes<Shape::LANES>(square), 1.f)));
 }
 
-// Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role.
-template <int HEAD_DIM, bool WIDE>
-__global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_kernel(const __grid_constant__ StoreParams params) {
-  using Shape = VectorShape<HEAD_DIM, WIDE>;
+// Trellis codes: the scale candidate of the closest open paths, and along one path a block its nearest levels. A lane has block
+// q; column: room for it, of this thread. Other arguments and result as above.
+template <class Shape, int BITS>
+__device__ __forceinline__ float encode_trellis(
+    const float (&x)[Shape::ROWS][Shape::RUN], float length, const StoreRole& role, float* column, Destination to, int q) {
+  const float root = sqrtf(static_cast<float>(Shape::HEAD_DIM));
+  const float gain = length > 0.f ? root / length : 0.f;
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) {
+#pragma unroll
+    for (int j = 0; j < Shape::RUN; j++) column[(4 * j + r) * STORE_THREADS] = x[r][j] * gain;
+  }
+  float cells = role.cells_per_unit[0], least_distance = FLOAT32_MAX;
+#pragma unroll 1
+  for (int i = 0; i < role.num_candidates; i++) {
+    float metric[TRELLIS_STATES];
+    search_forward<BITS, STORE_THREADS>(column, role.cells_per_unit[i], metric);
+    const float distance =
+        sum_lanes<Shape::LANES>(least(metric)) / (role.cells_per_unit[i] * role.cells_per_unit[i]);
+    if (distance < least_distance) least_distance = distance, cells = role.cells_per_unit[i];
+  }
+  float dot = 0.f, square = 0.f;
+  const uint32_t path = closest_path<BITS, STORE_THREADS>(column, cells);
+  TrellisWords words = quantize_along<BITS, STORE_THREADS>(column, cells, path, dot, square);
+  if (length == 0.f) words = {};
+  if (to.tile != nullptr) {
+    uint8_t* row = to.tile + role.plane[0] + to.token * role.token_bytes[0];
+#pragma unroll
+    for (int w = 0; w < plane_bits(BITS, 0); w++)
+      *reinterpret_cast<uint32_t*>(row + (plane_bits(BITS, 0) * q + w) * role.word_bytes) = words.uncoded[w];
+    *reinterpret_cast<uint32_t*>(to.tile + role.plane[1] + to.token * role.token_bytes[1] + q * role.word_bytes) = words.coded;
+  }
+  square = sum_lanes<Shape::LANES>(square);
+  const float norm = length / root;
+  if (role.scale_rule == SCALE_NORM) return norm / (sqrtf(square) * Unit<BITS>::VALUE);
+  if (role.scale_rule == SCALE_UNBIASED) return length * cells / sum_lanes<Shape::LANES>(dot) / Unit<BITS>::VALUE;
+  return norm / root;
+}
+
+// Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role; for trellis codes, which are
+// those of SPREAD = BLOCKS and of both roles, TRELLIS_SHARED_BYTES.
+template <int HEAD_DIM, Spread SPREAD>
+__global__ void __launch_bounds__(STORE_THREADS, SPREAD == BLOCKS ? TRELLIS_CTAS : store_ctas(HEAD_DIM))
+    store_kv_kernel(const __grid_constant__ StoreParams params) {
+  using Shape = VectorShape<HEAD_DIM, SPREAD>;
   extern __shared__ uint4 table[];
   const StoreRole& role = params.role[blockIdx.y];
   const bool is_key = blockIdx.y == 0;
@@ -411,14 +497,24 @@ __global__ void __launch_bounds__(STORE_THREADS, store_ctas(HEAD_DIM)) store_kv_
     }
 
     float scale = 0.f;
+    if constexpr (SPREAD == BLOCKS) {
+      float* column = reinterpret_cast<float*>(table) + threadIdx.x;
+      scale = role.bits == TRELLIS + 3 ? encode_trellis<Shape, TRELLIS + 3>(x, length, role, column, to, q)
+                                       : encode_trellis<Shape, TRELLIS + 2>(x, length, role, column, to, q);
+      write_scale(scale, role.scale, place, to, q);
+      continue;
+    }
     switch (role.bits) {
       case 2: scale = encode_levels<Shape, 2>(x, length, role, table_base, to, q); break;
-      case 3: scale = encode_levels<Shape, 3>(x, length, role, table_base, to, q); break;
+      case 3:
+        scale = role.sketch_gain > 0.f ? encode_levels<Shape, 3, true>(x, length, role, table_base, to, q)
+                                       : encode_levels<Shape, 3>(x, length, role, table_base, to, q);
+        break;
       case 4: scale = encode_levels<Shape, 4>(x, length, role, table_base, to, q); break;
       case 5: scale = encode_levels<Shape, 5>(x, length, role, table_base, to, q); break;
       case 8: scale = encode_bytes<Shape>(x, length, role, to, q); break;
     }
-    write_scale(scale, role, place, to, q);
+    write_scale(scale, role.scale, place, to, q);
   }
 }
 

@@ -17,15 +17,17 @@ struct StoreRole {
   int64_t token_stride;   // elements
   int64_t head_stride;    // elements
   int32_t dtype;          // DType
-  int32_t bits;           // 2, 3, 4, 5 or 8
+  int32_t bits;           // 2, 3, 4, 5 or 8; TRELLIS + 2 or 3
   int32_t scale_rule;     // ScaleRule
   int32_t vector_loads;   // 1: x and its strides are multiples of 16 bytes
-  int32_t plane[2];       // offset of a code plane
-  int32_t token_bytes[2]; // keys: bytes between tokens of a plane; values: 4 (times value_token_order)
+  int32_t plane[3];       // offset of a code plane; 2: of a key sketch
+  int32_t token_bytes[3]; // keys: bytes between tokens of a plane; values: 4 (times value_token_order)
   int32_t word_bytes;     // between the words of a token
   int32_t scale;          // offset of the scales
   int32_t num_candidates; // of the scale search
   int32_t table_rows;     // cells of the level table: above the largest magnitude / (candidate * unit)
+  int32_t sketch_scale;   // offset of the scales of a key sketch
+  float sketch_gain;      // times the residual's norm is that scale; 0: no sketch
   float magnitude_cap;    // a magnitude from here on has the last level for every candidate
   float cells_per_unit[MAX_CANDIDATES];  // 1 / (candidate * unit)
 };

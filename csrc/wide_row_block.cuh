@@ -13,6 +13,7 @@
 namespace tq {
 
 template <class S> struct WideRowBlock : RowBlock<S> {
+  static_assert(!S::SKETCH);
   using Base = RowBlock<S>;
   using Base::RT, Base::D, Base::reference, Base::sum, Base::weighted, Base::output;
   using Base::all_begin, Base::all_end, Base::begin, Base::end;
@@ -21,7 +22,7 @@ template <class S> struct WideRowBlock : RowBlock<S> {
 
   struct QueryBits {};
   struct RowInfo {
-    float scale, shift;  // RowBlock::query_scale, query_shift
+    float scale, shift;  // RowBlock::Query::scale, shift
     int begin, end;      // positions that the row sees
   };
 
@@ -67,8 +68,9 @@ template <class S> struct WideRowBlock : RowBlock<S> {
         if (x[0][0][0] != x[0][0][0]) maximum = x[0][0][0];  // a NaN escapes fmaxf
         total = sum_over_tokens(total);
         if (g == 0) {
-          const float scale = Base::scale_of(p, maximum);
-          infos(bytes)[4 * (first + t) + q] = {scale, Base::shift_of(scale, total), at[t].begin, at[t].end};
+          const float scale = Base::template scale_of<S::KEY_BITS>(p, maximum, rsqrtf(float(D)));
+          const float shift = Base::template shift_of<S::KEY_BITS>(scale, total);
+          infos(bytes)[4 * (first + t) + q] = {scale, shift, at[t].begin, at[t].end};
         }
       }
     }

@@ -4,9 +4,11 @@ A tile is BN consecutive tokens of one request and one KV head; BN is a multiple
 of BN. Its *columns* are the tokens in the order in which value words hold them (`column_tokens`), for keys too: then
 scores and values agree, and value loads are contiguous. A *group* is 8 consecutive coordinates, one word of plane 4.
 
-Widths 2 to 5 are first brought into *nibble form*, the word of plane 4 in format.py: a table index at bits 4k .. 4k+2
-and a sign bit for coordinate k of the group. From there two ways lead to numbers: `expand`, plain Triton, for every
-width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same numbers.
+All widths but 8 (width 1: the signs of a key sketch) are first brought into *nibble form*, the word of plane 4 in
+format.py: a table index at bits 4k .. 4k+2 and a sign bit for coordinate k of the group. Of trellis codes the index
+counts the levels upwards and the sign bit is its fourth bit. From there two ways lead to numbers: `expand`, plain
+Triton, for every width; and `lookup`, where one `prmt` takes four table entries, for LOOKUP_BITS. Both give the same
+numbers.
 """
 
 import functools
@@ -16,10 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.config import TRELLIS
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_LEVELS, TRELLIS_UNIT
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage
 
-LOOKUP_BITS = (2, 3, 4, 5)
+TRELLIS_2, TRELLIS_3 = tl.constexpr(TRELLIS + 2), tl.constexpr(TRELLIS + 3)
+LOOKUP_BITS = (1, 2, 3, 4, 5, TRELLIS + 2, TRELLIS + 3)
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class Codes:
     """Compile-time facts about the keys or the values of a page; offsets and strides in 32-bit words.
 
     Attributes:
-        bits: width of a code.
+        bits: width of a code, a key of format.PLANES.
         offset0, offset1: of the planes in a tile record (offset1: of plane 1; 0 where there is none).
         token0, token1: from a token to the next in each plane.
         word: from a word of a token to its next.
         scale: offset of the scales in a tile record, in f16.
         groups: head_dim / 8.
         table: entries e of the page codebook, a centroid is (2 e + 1) * unit; four signed bytes to an int. Indexed by
-            the magnitude's index, for 2 bits by the code.
+            the magnitude's index, for 2 bits by the code; of trellis codes all levels in rising order.
         unit: of a centroid.
         asm: PTX of `lookup`, or "": use `expand`.
         dtypes: of the eight results of `lookup`.
@@ -59,8 +63,8 @@ def key_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
     """Facts about a page's keys; `lookup_dtype` is the 16-bit dtype that `lookup` gives, None: use `expand`."""
     first, last = page.key_sections[0], page.key_sections[-1]
     return Codes(
-        page.config.key_bits, first.offset // 4, last.offset // 4, first.words, last.words, 1,
-        page.key_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.key_bits, lookup_dtype),
+        page.config.key_width, first.offset // 4, last.offset // 4, first.words, last.words, 1,
+        page.key_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.key_width, lookup_dtype),
     )  # fmt: skip
 
 
@@ -69,12 +73,27 @@ def value_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
     """The same of its values. Their words are transposed: token0 and token1 step through columns."""
     first, last = page.value_sections[0], page.value_sections[-1]
     return Codes(
-        page.config.value_bits, first.offset // 4, last.offset // 4, 1, 1, TILE_TOKENS,
-        page.value_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.value_bits, lookup_dtype),
+        page.config.value_width, first.offset // 4, last.offset // 4, 1, 1, TILE_TOKENS,
+        page.value_scale_offset // 2, page.head_dim // 8, *_codebook(page.config.value_width, lookup_dtype),
+    )  # fmt: skip
+
+
+@functools.cache
+def sketch_codes(page: TurboQuantPage, lookup_dtype: tl.dtype | None) -> Codes:
+    """The same of its key sketches: numbers are +1 and -1."""
+    (plane,) = page.sketch_sections
+    return Codes(
+        1, plane.offset // 4, plane.offset // 4, plane.words, plane.words, 1, page.sketch_scale_offset // 2,
+        page.head_dim // 8, *_codebook(1, lookup_dtype),
     )  # fmt: skip
 
 
 def _entries(bits: int) -> list[int]:
+    if bits == 1:
+        return [0]
+    if bits > TRELLIS:
+        entries = list(TRELLIS_LEVELS[bits - TRELLIS])
+        return [~e for e in entries[::-1]] + entries
     entries = list(PAGE_LEVELS[bits])
     return entries + [~e for e in entries] if bits == 2 else entries  # 2 * ~e + 1 = -(2 e + 1)
 
@@ -83,16 +102,17 @@ def _codebook(bits: int, lookup_dtype: tl.dtype | None) -> tuple[tuple[int, ...]
     if bits == 8:
         return (), 1.0, "", ()
     entries = _entries(bits)
-    words = [sum((entries[i + j] & 255) << 8 * j for j in range(4)) for i in range(0, len(entries), 4)]
+    words = [sum((e & 255) << 8 * j for j, e in enumerate(entries[i : i + 4])) for i in range(0, len(entries), 4)]
     table = tuple(word - (word >> 31 << 32) for word in words)
+    unit = 1.0 if bits == 1 else TRELLIS_UNIT[bits - TRELLIS] if bits > TRELLIS else PAGE_UNIT[bits]
     if lookup_dtype is None or bits not in LOOKUP_BITS:
-        return table, PAGE_UNIT[bits], "", ()
-    return table, PAGE_UNIT[bits], lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
+        return table, unit, "", ()
+    return table, unit, lookup_asm(bits, lookup_dtype), (lookup_dtype,) * 8
 
 
 def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
     """Operands of `prmt`: high bytes of the numbers of entries 0..3 and 4..7, then their low bytes."""
-    numbers = torch.tensor([2 * e + 1 for e in (entries * 2)[:8]], dtype=dtype).view(torch.int16).tolist()
+    numbers = torch.tensor([2 * e + 1 for e in (entries * 8)[:8]], dtype=dtype).view(torch.int16).tolist()
     return [
         sum((numbers[first + i] >> shift & 255) << 8 * i for i in range(4)) for shift in (8, 0) for first in (0, 4)
     ]  # fmt: skip
@@ -101,16 +121,18 @@ def _table_bytes(entries: list[int], dtype: torch.dtype) -> list[int]:
 def lookup_asm(bits: int, dtype: tl.dtype) -> str:
     """PTX: words $8 and $9 in nibble form -> $0 .. $7, number k of both words as a pair of dtype.
 
-    5 bits: $10 and $11 hold the lowest bits as `_plane_1` gives them; a table of differences turns the numbers of even
-    indices into those of odd ones. All tables are XORed with a zero that the compiler can't see through, or it would
-    build every literal anew at each use. dtype: tl.float16 or tl.bfloat16.
+    5 bits: $10 and $11 hold the lowest bits as `_plane_1` gives them; a table of differences turns the numbers of
+    even indices into those of odd ones. Trellis codes of 3 bits do the same with the lower and the upper half of
+    their levels. All tables are XORed with a zero that the compiler can't see through, or it would build every
+    literal anew at each use. dtype: tl.float16 or tl.bfloat16.
     """
     entries, torch_dtype = _entries(bits), torch.float16 if dtype == tl.float16 else torch.bfloat16
-    first = _table_bytes(entries[::2] if bits == 5 else entries, torch_dtype)
+    halves = {5: (entries[::2], entries[1::2]), TRELLIS + 3: (entries[:8], entries[8:])}.get(bits, (entries, None))
+    first = _table_bytes(halves[0], torch_dtype)
     tables = dict(zip(("t0", "t1", "u0", "u1"), first, strict=True))
-    if bits == 5:
-        odd = _table_bytes(entries[1::2], torch_dtype)
-        tables |= {f"d{name}": even ^ o for (name, even), o in zip(tables.items(), odd, strict=True)}
+    if halves[1] is not None:
+        second = _table_bytes(halves[1], torch_dtype)
+        tables |= {f"d{name}": one ^ two for (name, one), two in zip(tables.items(), second, strict=True)}
     code = [
         f".reg .b32 z, s, x, e, m, p, q, ha0, ha1, la0, la1, hb0, hb1, lb0, lb1, {', '.join(tables)};",
         "mov.u32 z, %lanemask_lt; shr.u32 z, z, 31;",
@@ -121,17 +143,16 @@ def lookup_asm(bits: int, dtype: tl.dtype) -> str:
         for half, low_shift, sign_shift in ((0, 7, 0), (1, 6, 4)):
             high, low = f"h{name}{half}", f"l{name}{half}"
             code.append(f"prmt.b32 {high}, t0, t1, s; prmt.b32 {low}, u0, u1, s;")
-            if bits == 5:  # a ^ (b & c), where prmt made a byte of ones of every set bit
+            if halves[1] is not None:  # a ^ (b & c), where prmt made a byte of ones of every set bit
+                chooser, shift = (low_bits, low_shift) if bits == 5 else (word, sign_shift)
                 code += [
-                    f"shl.b32 x, {low_bits}, {low_shift}; prmt.b32 m, x, x, 0xba98;",
+                    f"shl.b32 x, {chooser}, {shift}; prmt.b32 m, x, x, 0xba98;",
                     f"prmt.b32 e, dt0, dt1, s; lop3.b32 {high}, {high}, e, m, 0x78;",
                     f"prmt.b32 e, du0, du1, s; lop3.b32 {low}, {low}, e, m, 0x78;",
                 ]
-            code += [
-                f"shl.b32 x, {word}, {sign_shift};",
-                f"lop3.b32 {high}, {high}, x, 0x80808080, 0x78;",
-                "shr.u32 s, s, 16;",
-            ]
+            if bits < TRELLIS:
+                code += [f"shl.b32 x, {word}, {sign_shift};", f"lop3.b32 {high}, {high}, x, 0x80808080, 0x78;"]
+            code.append("shr.u32 s, s, 16;")
     for half in (0, 1):
         for pair, select in ((0, "0x5140"), (1, "0x7362")):
             out = 4 * half + 2 * pair
@@ -225,15 +246,52 @@ def _plane_1(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_F
 
 
 @triton.jit
+def _rotated(x, N: tl.constexpr):
+    return (x << N) | (x >> (32 - N))
+
+
+@triton.jit
+def _trellis_nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
+    """Trellis codes in nibble form, as `nibbles`. Every group works out the parities of its block."""
+    BLOCKS: tl.constexpr = CODES.groups // 4
+    ALL: tl.constexpr = CODES.groups == W
+    group = tl.arange(0, W)
+    block = group % BLOCKS
+    j = group // BLOCKS
+    present = group < CODES.groups
+    coded = _load_words(words + CODES.offset1, record + token * CODES.token1, block, present, CODES, ALL, WORDS_FIRST)
+    coded = coded.to(tl.uint32, bitcast=True)
+    index = block
+    if CODES.bits == TRELLIS_3:
+        index = 2 * block + j % 2
+    uncoded = _load_words(words + CODES.offset0, record + token * CODES.token0, index, present, CODES, ALL, WORDS_FIRST)
+    uncoded = uncoded.to(tl.uint32, bitcast=True)
+    c0 = _rotated(coded, 2)
+    c1 = coded ^ _rotated(coded, 1) ^ _rotated(coded, 3)
+    shift = _over_columns(j % 4, WORDS_FIRST).to(tl.uint32)
+    nibble = ((c0 >> shift) & 0x11111111) | (((c1 >> shift) & 0x11111111) << 1)
+    if CODES.bits == TRELLIS_3:
+        nibble |= ((uncoded >> (shift // 2 * 2)) & 0x33333333) << 2
+    else:
+        nibble |= ((uncoded >> shift) & 0x11111111) << 2
+    return nibble.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def nibbles(words, record, token, CODES: tl.constexpr, W: tl.constexpr, WORDS_FIRST: tl.constexpr):
-    """Codes of 2 to 5 bits in nibble form (of 5 bits: without the lowest), int32 [BN, W]; [W, BN] for WORDS_FIRST.
+    """Codes of all widths but 8 in nibble form (of 5 bits: without the lowest), int32 [BN, W]; [W, BN] for WORDS_FIRST.
 
     words: the cache as int32. record: int64 [BN] from `tile_records`. token: int32 [BN], 0 .. 15: of the column in its
     record for keys, the column itself for values.
     """
     plane = words + CODES.offset0
     column = record + token * CODES.token0
-    if CODES.bits >= 4:
+    if CODES.bits >= TRELLIS_2:
+        return _trellis_nibbles(words, record, token, CODES, W, WORDS_FIRST)
+    elif CODES.bits == 1:
+        sign = _plane_1(words, record, token, CODES, W, WORDS_FIRST)
+        return ((sign << 2) & 0x08080808) | ((sign & 0x01010101) << 7)
+    elif CODES.bits >= 4:
         group = tl.arange(0, W)
         return _load_words(plane, column, group, group < CODES.groups, CODES, CODES.groups == W, WORDS_FIRST)
     else:
@@ -275,12 +333,16 @@ def expand(words, record, token, CODES: tl.constexpr, W: tl.constexpr, BN: tl.co
         if CODES.bits == 5:
             low = _plane_1(words, record, token, CODES, W, False)[:, :, None]
             index = index * 2 + ((low >> (k % 4 * 8 + k // 4)) & 1)
+        negative = (word >> tl.where(k < 4, 8 * k + 7, 8 * k - 29)) & 1
+        if CODES.bits == TRELLIS_3:
+            index += 8 * negative
         four = tl.full([1, 1, 1], CODES.table[0], tl.int32)
         for i in tl.static_range(1, len(CODES.table)):
             four = tl.where(index >= 4 * i, CODES.table[i], four)
         entry = (four << (24 - index % 4 * 8)) >> 24
-        negative = (word >> tl.where(k < 4, 8 * k + 7, 8 * k - 29)) & 1
-        number = tl.where(negative != 0, -1 - 2 * entry, 2 * entry + 1)
+        number = 2 * entry + 1
+        if CODES.bits < TRELLIS_2:
+            number = tl.where(negative != 0, -number, number)
     # 1.5 * 2**23 + number, as a float's bits: several times faster than a conversion from int.
     number = (number + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     return tl.reshape(number.to(DTYPE), [BN, 8 * W])

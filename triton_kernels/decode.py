@@ -16,6 +16,7 @@ from tq_vllm.triton_kernels.codes import (
     load_scales,
     lookup,
     numbers,
+    sketch_codes,
     tile_records,
     value_codes,
 )
@@ -34,6 +35,7 @@ BN = SEGMENT_TOKENS  # tokens of a tile: the key offset is one number over it
 def decode_kernel(
     rotated,  # f16 or f32 [num_tokens, num_heads, 8 W], rows of largest magnitude 1, in the space of the codes
     rotated_scales,  # f32 [num_tokens, num_heads]
+    sketched, sketched_scales,  # the same in the space of the key sketches, read for SKETCH
     query,  # [num_tokens, num_heads, HEAD_DIM], read for the key offset
     cache,  # uint8, see format.py
     block_table,  # int32 [num_reqs, max_blocks]
@@ -49,6 +51,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, REQS: tl.constexpr,
     OFFSET: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
+    SKETCHES: tl.constexpr, SKETCH: tl.constexpr,  # codes of the key sketches, and whether there are any
 ):  # fmt: skip
     item = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -87,6 +90,20 @@ def decode_kernel(
         q7 = tl.load(at + 7)
     else:
         q = tl.load(rotated + query_row[:, None] * D + tl.arange(0, D)[None, :])
+    if SKETCH:
+        sketch_scale = tl.load(sketched_scales + query_row) * scale
+        if LOOKUP_KEYS:
+            at = sketched + query_row[:, None] * D + 8 * group[None, :]
+            p0 = tl.load(at)
+            p1 = tl.load(at + 1)
+            p2 = tl.load(at + 2)
+            p3 = tl.load(at + 3)
+            p4 = tl.load(at + 4)
+            p5 = tl.load(at + 5)
+            p6 = tl.load(at + 6)
+            p7 = tl.load(at + 7)
+        else:
+            p = tl.load(sketched + query_row[:, None] * D + tl.arange(0, D)[None, :])
     if OFFSET:
         d = tl.arange(0, D)
         raw = tl.load(
@@ -94,7 +111,7 @@ def decode_kernel(
             mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32) * scale  # fmt: skip
 
-    NATURAL: tl.constexpr = OFFSET or SOFT_CAP  # scores are scaled before the softmax, not by it
+    NATURAL: tl.constexpr = OFFSET or SOFT_CAP or SKETCH  # scores are scaled before the softmax, not by it
     unit_scale = row_scale
     if NATURAL:
         unit_scale = tl.full([BM], 1.0, tl.float32)
@@ -140,6 +157,21 @@ def decode_kernel(
         scores = scores * key_scale[None, :]
         if NATURAL:
             scores = scores * row_scale[:, None]
+        if SKETCH:
+            if LOOKUP_KEYS:
+                s0, s1, s2, s3, s4, s5, s6, s7 = lookup(words, record, in_record, SKETCHES, W, True)
+                more = dot(p0, s0, tl.zeros([BM, BN], tl.float32))
+                more = dot(p1, s1, more)
+                more = dot(p2, s2, more)
+                more = dot(p3, s3, more)
+                more = dot(p4, s4, more)
+                more = dot(p5, s5, more)
+                more = dot(p6, s6, more)
+                more = dot(p7, s7, more)
+            else:
+                signs = numbers(words, record, in_record, SKETCHES, W, BN, DTYPE)
+                more = dot(p, tl.trans(signs), tl.zeros([BM, BN], tl.float32))
+            scores += more * load_scales(words, pairs, SKETCHES, BN)[None, :] * sketch_scale[:, None]
         if OFFSET:
             segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
             offset = tl.load(key_offset + segment * stride_segment + kv_head * stride_offset_head + d,
@@ -218,18 +250,22 @@ def decode(
     num_items = programs + num_reqs
     REQS = triton.next_power_of_2(num_reqs)
 
-    rotated, scales = rotate_queries(query, 8 * W)
+    sketch = page.config.key_sketch
+    sketches = sketch_codes(page, tl.float16 if by_table else None) if sketch else keys
+    rotated, scales, sketched, sketched_scales = rotate_queries(query, 8 * W, sketch)
     split_out = torch.empty(num_items, num_kv_heads, max_rows, 8 * W, dtype=torch.float32, device=query.device)
     split_lse = torch.empty(num_items, num_kv_heads, max_rows, dtype=torch.float32, device=query.device)
     offset = query if key_offset is None else key_offset
     decode_kernel[(num_items, num_kv_heads)](
-        rotated, scales, query, kv_cache, block_table, seq_lens, query_start_loc, offset, split_out, split_lse,
+        rotated, scales, sketched, sketched_scales, query, kv_cache, block_table, seq_lens, query_start_loc, offset,
+        split_out, split_lse,
         num_reqs, programs, max_rows, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         offset.stride(0), offset.stride(1),
         keys, values, lookups and keys.asm != "", lookups and values.asm != "", block_size, page.tile_bytes, group,
         head_dim, W, max(8, triton.next_power_of_2(max_rows)), BN, REQS,
-        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages, num_warps=warps,
+        key_offset is not None, sliding_window > 0, logits_soft_cap > 0, STAGES=stages,
+        SKETCHES=sketches, SKETCH=sketch, num_warps=warps,
     )  # fmt: skip
     merge_splits(
         split_out, split_lse, seq_lens, query_start_loc, sinks, out, lse, programs, max_query_len, sliding_window, BN

@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
-from tq_vllm.triton_kernels.codes import column_tokens, key_codes, load_scales, numbers, tile_records, value_codes
+from tq_vllm.triton_kernels.codes import (
+    column_tokens,
+    key_codes,
+    load_scales,
+    numbers,
+    sketch_codes,
+    tile_records,
+    value_codes,
+)
 from tq_vllm.triton_kernels.dot import INTERPRETED, dot
-from tq_vllm.triton_kernels.rotation import sign_matrix
+from tq_vllm.triton_kernels.rotation import sign_matrix, sketch_matrix, unrotate
 
 BN = SEGMENT_TOKENS  # tokens of a program: the key offset is one vector over it
 # Arguments that change from step to step: a kernel is compiled once, while the engine warms up.
@@ -96,6 +104,7 @@ def dequantize_kernel(
     starts,  # int32 [num_reqs]
     key_offset,  # [num_segments, num_kv_heads, HEAD_DIM], read for OFFSET
     signs,  # bf16 [D, D]
+    sketch,  # bf16 [D, D] from sketch_matrix, read for SKETCH
     keys, values,  # [workspace tokens, num_kv_heads, HEAD_DIM]
     num_reqs, slice_start, slice_end, num_segments, window,
     stride_block, stride_head,  # of the cache, in 16 bytes
@@ -103,6 +112,7 @@ def dequantize_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
     HEAD_DIM: tl.constexpr, W: tl.constexpr, REQS: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
+    SKETCHES: tl.constexpr, SKETCH: tl.constexpr,  # codes of the key sketches, and whether there are any
 ):  # fmt: skip
     """One program a (tile of BN tokens of a prefix, KV head); writes tokens slice_start .. slice_end of the line."""
     head = tl.program_id(1)
@@ -137,8 +147,13 @@ def dequantize_kernel(
     mask = written[:, None] & (d < HEAD_DIM)[None, :]
 
     k = numbers(words, record, in_record, KEYS, W, BN, DTYPE)
-    k = _rotated_back(k, signs, HEAD_DIM, D, BN)
-    k = k * (load_scales(words, pairs, KEYS, BN) * KEYS.unit)[:, None]
+    key_scale = (load_scales(words, pairs, KEYS, BN) * KEYS.unit)[:, None]
+    if SKETCH:  # both parts go through the rotation as one, so that no two of its matrices are in shared memory
+        s = _rotated_back(numbers(words, record, in_record, SKETCHES, W, BN, DTYPE), sketch, HEAD_DIM, D, BN)
+        k = k.to(tl.float32) * key_scale + s * load_scales(words, pairs, SKETCHES, BN)[:, None]
+        k = unrotate(k, signs, HEAD_DIM, D, BN, 3 if WIDE else 2)
+    else:
+        k = _rotated_back(k, signs, HEAD_DIM, D, BN) * key_scale
     if OFFSET:
         segment = tl.minimum(start // BN, num_segments - 1).to(tl.int64)
         offset = key_offset + segment * stride_segment + head * stride_offset_head + d
@@ -230,12 +245,16 @@ def dequantize(
     wide = keys.dtype == torch.float32 or INTERPRETED
     lookup = None if wide else tl.bfloat16
     offset = keys if key_offset is None else key_offset
+    codes, sketch = key_codes(page, lookup), page.config.key_sketch
+    signs = sign_matrix(head_dim, 8 * W, keys.device)
     dequantize_kernel[(triton.cdiv(context_tokens, BN) + num_reqs, num_kv_heads)](
-        kv_cache, block_table, seq_lens, query_start_loc, starts, offset, sign_matrix(head_dim, 8 * W, keys.device),
-        keys, values, num_reqs, first, last, offset.shape[0], sliding_window,
+        kv_cache, block_table, seq_lens, query_start_loc, starts, offset, signs,
+        sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values,
+        num_reqs, first, last, offset.shape[0], sliding_window,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), offset.stride(0), offset.stride(1),
-        key_codes(page, lookup), value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
-        padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide, num_warps=4,
+        codes, value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
+        padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide,
+        sketch_codes(page, lookup) if sketch else codes, sketch, num_warps=4,
     )  # fmt: skip
 
 

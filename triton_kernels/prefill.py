@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 
 from tq_vllm.format import SEGMENT_TOKENS, TurboQuantPage
-from tq_vllm.triton_kernels.codes import column_tokens, key_codes, load_scales, numbers, tile_records, value_codes
+from tq_vllm.triton_kernels.codes import (
+    column_tokens,
+    key_codes,
+    load_scales,
+    numbers,
+    sketch_codes,
+    tile_records,
+    value_codes,
+)
 from tq_vllm.triton_kernels.dot import INTERPRETED, dot
-from tq_vllm.triton_kernels.rotation import normalised, rotate_rows, sign_matrix, unrotate
+from tq_vllm.triton_kernels.rotation import normalised, rotate_rows, sign_matrix, transposed_sketch, unrotate
 from tq_vllm.triton_kernels.softmax import NOTHING, capped, finish, online_softmax, score_scale, visible
 
 BN = SEGMENT_TOKENS  # tokens of a tile: the key offset is one number over it
@@ -83,12 +91,13 @@ def _attend_raw(
 
 @triton.jit
 def _attend_codes(
-    rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, first_tile, end_tile,
-    result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
+    rotated, row_scale, sketched, sketched_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len,
+    first_tile, end_tile, result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
     window, to_score, soft_cap,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
     HEAD_DIM: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     OFFSET: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    SKETCHES: tl.constexpr, SKETCH: tl.constexpr,
 ):  # fmt: skip
     """Take tiles first_tile .. end_tile of the cache into result (in the space of the codes, in units of VALUES.unit),
     maximum and total. Without MASKED all rows see all of them."""
@@ -107,9 +116,13 @@ def _attend_codes(
         scores = dot(rotated, tl.trans(k), tl.zeros([BM, BN], tl.float32))
         scores = scores * load_scales(words, pairs, KEYS, BN)[None, :]
         scale = row_scale
-        if OFFSET or SOFT_CAP:
+        if OFFSET or SOFT_CAP or SKETCH:
             scores = scores * scale[:, None]
             scale = tl.full([BM], 1.0, tl.float32)
+        if SKETCH:
+            signs = numbers(words, record, in_record, SKETCHES, W, BN, rotated.dtype)
+            more = dot(sketched, tl.trans(signs), tl.zeros([BM, BN], tl.float32))
+            scores += more * load_scales(words, pairs, SKETCHES, BN)[None, :] * sketched_scale[:, None]
         if OFFSET:
             segment = tl.minimum(tile, num_segments - 1).to(tl.int64)
             offset = tl.load(offsets + segment * stride_segment + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
@@ -139,6 +152,7 @@ def prefill_kernel(
     key_offset,  # [num_segments, num_kv_heads, HEAD_DIM], read for OFFSET
     sinks,  # [num_heads], read for SINKS
     signs,  # bf16 [D, D]
+    sketch,  # bf16 [D, D] from transposed_sketch, read for SKETCH
     out,  # [num_tokens, num_heads, HEAD_DIM]
     lse,  # f32 [num_heads, num_tokens], written for LSE
     broken,  # int32 [1] from find_broken_kernel, read for FRESH
@@ -151,6 +165,7 @@ def prefill_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FRESH: tl.constexpr, OFFSET: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+    SKETCHES: tl.constexpr, SKETCH: tl.constexpr,  # codes of the key sketches, and whether there are any
 ):  # fmt: skip
     request = tl.program_id(2)
     kv_head = tl.program_id(1)
@@ -191,21 +206,26 @@ def prefill_kernel(
         if WINDOW:
             first_tile = tl.maximum(context_len + first_index - window + 1, 0) // BN
             whole_tile = first_tile
-        rotated, row_scale = normalised(rotate_rows(query_rows, valid, signs, HEAD_DIM, D, BM), KEY_DTYPE)
+        in_codes = rotate_rows(query_rows, valid, signs, HEAD_DIM, D, BM)
+        rotated, row_scale = normalised(in_codes, KEY_DTYPE)
         row_scale *= to_score * KEYS.unit
+        sketched, sketched_scale = rotated, row_scale
+        if SKETCH:
+            sketched, sketched_scale = normalised(unrotate(in_codes, sketch, HEAD_DIM, D, BM, 3), KEY_DTYPE)
+            sketched_scale *= to_score
         block_row = block_table + request.to(tl.int64) * stride_table
         offsets = key_offset + kv_head * stride_offset_head
         result, maximum, total = _attend_codes(
-            rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, first_tile,
-            whole_tile, result, maximum, total, offsets, num_segments, stride_segment, stride_block, stride_head,
-            window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN, VALUE_DTYPE,
-            OFFSET, WINDOW, SOFT_CAP, False, STAGES,
+            rotated, row_scale, sketched, sketched_scale, query_rows, valid, position, cache, block_row, kv_head,
+            codes_len, first_tile, whole_tile, result, maximum, total, offsets, num_segments, stride_segment,
+            stride_block, stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES,
+            HEAD_DIM, W, BM, BN, VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, False, STAGES, SKETCHES, SKETCH,
         )  # fmt: skip
         result, maximum, total = _attend_codes(
-            rotated, row_scale, query_rows, valid, position, cache, block_row, kv_head, codes_len, whole_tile,
-            tl.cdiv(codes_len, BN), result, maximum, total, offsets, num_segments, stride_segment, stride_block,
-            stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES, HEAD_DIM, W, BM, BN,
-            VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, True, STAGES,
+            rotated, row_scale, sketched, sketched_scale, query_rows, valid, position, cache, block_row, kv_head,
+            codes_len, whole_tile, tl.cdiv(codes_len, BN), result, maximum, total, offsets, num_segments,
+            stride_segment, stride_block, stride_head, window, to_score, soft_cap, KEYS, VALUES, BLOCK_SIZE, TILE_BYTES,
+            HEAD_DIM, W, BM, BN, VALUE_DTYPE, OFFSET, WINDOW, SOFT_CAP, True, STAGES, SKETCHES, SKETCH,
         )  # fmt: skip
         result = unrotate(result * VALUES.unit, signs, HEAD_DIM, D, BM, 3 if WIDE else 2)
 
@@ -279,10 +299,14 @@ def prefill(
     W = triton.next_power_of_2(head_dim // 8)
     rows = max_query_len * group
     wide = query.dtype == torch.float32
-    BM, warps, stages = launch_shape(rows, 8 * W, wide, query.device)
+    sketch, signs = page.config.key_sketch, sign_matrix(head_dim, 8 * W, query.device)
+    # Queries in two spaces do not fit shared memory at the largest tiles.
+    shape_rows = min(rows, 512 if W <= 16 else 32) if sketch else rows
+    BM, warps, stages = launch_shape(shape_rows, 8 * W, wide, query.device)
     by_table = not wide and not INTERPRETED
     keys = key_codes(page, tl.float16 if by_table else None)
     values = value_codes(page, tl.bfloat16 if by_table else None)
+    sketches = sketch_codes(page, tl.float16 if by_table else None) if sketch else keys
     fresh = key is not None
     key, value = (key, value) if fresh else (query, query)
     offset = query if key_offset is None else key_offset
@@ -295,12 +319,13 @@ def prefill(
         )  # fmt: skip
     prefill_kernel[(triton.cdiv(rows, BM), num_kv_heads, len(seq_lens))](
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, offset,
-        query if sinks is None else sinks, sign_matrix(head_dim, 8 * W, query.device), out,
+        query if sinks is None else sinks, signs,
+        transposed_sketch(head_dim, 8 * W, query.device) if sketch else signs, out,
         query if lse is None else lse, broken, offset.shape[0], sliding_window, softmax_scale, logits_soft_cap,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), offset.stride(0), offset.stride(1),
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         keys, values, block_size, page.tile_bytes, group, head_dim, W, BM, BN,
         fresh, key_offset is not None, sinks is not None, sliding_window > 0, logits_soft_cap > 0, lse is not None,
-        STAGES=stages, num_warps=warps,
+        STAGES=stages, SKETCHES=sketches, SKETCH=sketch, num_warps=warps,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.triton_kernels.dot import dot
 
@@ -20,6 +21,20 @@ def sign_matrix(head_dim: int, padded_dim: int, device: torch.device) -> torch.T
     matrix = torch.zeros(padded_dim, padded_dim, dtype=torch.bfloat16)
     matrix[:head_dim, :head_dim] = (get_rotation(head_dim).matrix() * head_dim**0.5).round().to(torch.bfloat16)
     return matrix.to(device)
+
+
+@functools.cache
+def sketch_matrix(head_dim: int, padded_dim: int, device: torch.device) -> torch.Tensor:
+    """The same of the key sketches' rotation (core.qjl.page_sketch)."""
+    matrix = torch.zeros(padded_dim, padded_dim, dtype=torch.bfloat16)
+    matrix[:head_dim, :head_dim] = (page_sketch(head_dim).matrix() * head_dim**0.5).round().to(torch.bfloat16)
+    return matrix.to(device)
+
+
+@functools.cache
+def transposed_sketch(head_dim: int, padded_dim: int, device: torch.device) -> torch.Tensor:
+    """Its transpose: `unrotate` by it takes rotated rows into the space of the sketches."""
+    return sketch_matrix(head_dim, padded_dim, device).t().contiguous()
 
 
 @triton.jit
@@ -73,30 +88,40 @@ def rotate_queries_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM]
     rotated,  # f16 or f32 [num_tokens, num_heads, D], rows of largest magnitude 1
     scales,  # f32 [num_tokens, num_heads]
+    sketched, sketched_scales,  # the same in the space of the key sketches, written for SKETCH
     signs,  # bf16 [D, D]
+    sketch,  # bf16 [D, D] from transposed_sketch, read for SKETCH
     num_rows, stride_token, stride_head,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, SKETCH: tl.constexpr,
 ):  # fmt: skip
     """Rotate every query row once, before the split kernel reads it many times."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = row < num_rows
     pointers = query + (row // NUM_HEADS).to(tl.int64) * stride_token + row % NUM_HEADS * stride_head
-    unit, scale = normalised(rotate_rows(pointers, valid, signs, HEAD_DIM, D, BM), rotated.dtype.element_ty)
+    in_codes = rotate_rows(pointers, valid, signs, HEAD_DIM, D, BM)
+    unit, scale = normalised(in_codes, rotated.dtype.element_ty)
     at = row.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(rotated + at, unit, mask=valid[:, None])
     tl.store(scales + row, scale, mask=valid)
+    if SKETCH:
+        unit, scale = normalised(unrotate(in_codes, sketch, HEAD_DIM, D, BM, 3), sketched.dtype.element_ty)
+        tl.store(sketched + at, unit, mask=valid[:, None])
+        tl.store(sketched_scales + row, scale, mask=valid)
 
 
-def rotate_queries(query: torch.Tensor, padded_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rotated unit rows [num_tokens, num_heads, padded_dim], f32 for f32 queries, else f16, and their scales."""
+def rotate_queries(query: torch.Tensor, padded_dim: int, sketch: bool = False) -> tuple[torch.Tensor, ...]:
+    """Return rotated unit rows [num_tokens, num_heads, padded_dim], f32 for f32 queries, else f16, and their scales;
+    the same in the space of the key sketches (without `sketch` the first two again)."""
     num_tokens, num_heads, head_dim = query.shape
     dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
     rotated = torch.empty(num_tokens, num_heads, padded_dim, dtype=dtype, device=query.device)
     scales = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device)
+    sketched, sketched_scales = (torch.empty_like(rotated), torch.empty_like(scales)) if sketch else (rotated, scales)
     signs = sign_matrix(head_dim, padded_dim, query.device)
+    matrix = transposed_sketch(head_dim, padded_dim, query.device) if sketch else signs
     BM = 16
     rotate_queries_kernel[(triton.cdiv(num_tokens * num_heads, BM),)](
-        query, rotated, scales, signs, num_tokens * num_heads, query.stride(0), query.stride(1),
-        num_heads, head_dim, padded_dim, BM, num_warps=4,
+        query, rotated, scales, sketched, sketched_scales, signs, matrix, num_tokens * num_heads,
+        query.stride(0), query.stride(1), num_heads, head_dim, padded_dim, BM, sketch, num_warps=4,
     )  # fmt: skip
-    return rotated, scales
+    return rotated, scales, sketched, sketched_scales

@@ -1,13 +1,62 @@
-"""KL and perplexity against real bytes per token, one curve a family, with matplotlib where it is installed."""
+"""KL and perplexity against real bytes per token, one curve a method, with matplotlib where it is installed.
+
+    pip install matplotlib
+    python bench/quality/plots.py docs/quality.md docs/quality.svg
+
+draws the figures of the table under "Rivals on the same tokens". table.py draws what it measures as table.png.
+"""
 
 import importlib.util
+import itertools
+import sys
 from pathlib import Path
 
 NO_MATPLOTLIB = "No plots: they need matplotlib (pip install matplotlib)."
+HEADER = "| cache | bytes/token | perplexity | KL |"
+MODELS = ("SmolLM2-135M-Instruct", "Gemma 3 270M")  # left and right part of the document's table
+COLUMNS = 6  # of one part
 
 
-def plot(rows: list[dict], path: Path) -> str:
-    """Draw the rows that have figures of all text; returns a sentence for the reader."""
+def family_of(name: str) -> str:
+    """The curve of a row in the plots."""
+    if name.startswith("turboquant:prod"):
+        return "tq_vllm, prod"
+    if name.startswith("turboquant"):
+        return "tq_vllm"
+    if name.startswith("TurboQuant paper"):
+        return "TurboQuant paper, QJL keys" if "QJL" in name else "TurboQuant paper"
+    return name.split(",")[0].split(" ")[0]
+
+
+def document_rows(text: str) -> dict[str, list[dict]]:
+    """Return the rows by model of the table in docs/quality.md that have a perplexity and a KL.
+
+    Raises:
+        ValueError: the table is not there.
+    """
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith(HEADER) and "Gemma" in line]
+    if len(starts) != 1:
+        raise ValueError(f"Tables that begin with {HEADER!r} and have Gemma's columns: got {len(starts)}, allowed 1.")
+    models: dict[str, list[dict]] = {model: [] for model in MODELS}
+    for line in lines[starts[0] + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip().strip("`").replace(",", "") for cell in line.strip("|").split("|"))
+        for i, model in enumerate(MODELS):
+            size, perplexity, kl = cells[COLUMNS * i : COLUMNS * i + 3]
+            if perplexity and kl:
+                row = {"family": family_of(name), "bytes_per_token": float(size)}
+                models[model].append(row | {"perplexity": float(perplexity), "kl_mean": float(kl)})
+    return models
+
+
+def plot(models: dict[str, list[dict]], path: Path) -> str:
+    """Draw the rows of every model that have figures of all text, a line of plots a model; return a sentence about it.
+
+    Args:
+        models: name -> rows with "family", "bytes_per_token" and, of all text, "kl_mean" (nats) and "perplexity".
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return NO_MATPLOTLIB
     import matplotlib
@@ -15,16 +64,21 @@ def plot(rows: list[dict], path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
-    rows = [row for row in rows if row.get("kl_mean") is not None]
-    for axis, key, title in zip(axes, ("kl_mean", "perplexity"), ("mean KL, nats", "perplexity"), strict=True):
-        for family in dict.fromkeys(row["family"] for row in rows):
-            mine = sorted((row for row in rows if row["family"] == family), key=lambda row: row["bytes_per_token"])
-            mine = [row for row in mine if row[key] > 1e-6]  # the reference has no KL, and the axis is logarithmic
-            axis.plot([row["bytes_per_token"] for row in mine], [row[key] for row in mine], marker="o", label=family)
-        axis.set(xlabel="bytes per token", ylabel=title, yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure, lines = pyplot.subplots(len(models), 2, figsize=(12, 5 * len(models)), squeeze=False)
+    for axes, (model, rows) in zip(lines, models.items(), strict=True):
+        rows = [row for row in rows if (row.get("kl_mean") or 0) > 1e-6]  # the axis is logarithmic
+        for axis, key, title in zip(axes, ("kl_mean", "perplexity"), ("mean KL, nats", "perplexity"), strict=True):
+            for marker, family in zip(itertools.cycle("osv^Dp*X"), dict.fromkeys(row["family"] for row in rows)):
+                mine = sorted((row for row in rows if row["family"] == family), key=lambda row: row["bytes_per_token"])
+                sizes, figures = [row["bytes_per_token"] for row in mine], [row[key] for row in mine]
+                axis.plot(sizes, figures, marker=marker, label=family)
+            axis.set(xlabel="bytes per token", ylabel=title, yscale="log", title=model)
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     return f"Plots: {path}"
+
+
+if __name__ == "__main__":
+    print(plot(document_rows(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from layers import BF16_BYTES
-from plots import plot
+from plots import family_of, plot
 from rivals import EVICTIONS, RIVALS, Eviction, Rival, presets
 from simulate import Reader, first_windows, second_halves
 from transformers import AutoTokenizer
@@ -36,15 +36,6 @@ NOTE = (
     "late: the second half of each window only. Evicting methods read the first half raw and then keep a part of it; "
     "their bytes are those of that half, later tokens stay 16-bit."
 )
-
-
-def family_of(name: str) -> str:
-    """The curve of a row in the plots."""
-    if name.startswith("turboquant"):
-        return "tq_vllm"
-    if name.startswith("TurboQuant paper"):
-        return "TurboQuant paper, QJL keys" if "QJL" in name else "TurboQuant paper"
-    return name.split(",")[0].split(" ")[0]
 
 
 def row_of(name: str, bytes_per_token: float, text: Distributions, reference: Distributions, windows: int, vocab: int):
@@ -137,7 +128,7 @@ def main(argv: list[str]) -> int:
     (directory / "table.json").write_text(json.dumps({"model": job["model"], "rows": rows}, indent=2) + "\n")
     print_table(f"{Path(job['model']).name}, {len(windows)} windows of {len(windows[0])} tokens", COLUMNS,
                 [cells(row) for row in rows], [NOTE])  # fmt: skip
-    print(f"JSON: {directory / 'table.json'}. {plot(rows, directory / 'table.png')}")
+    print(f"JSON: {directory / 'table.json'}. {plot({Path(job['model']).name: rows}, directory / 'table.png')}")
     return 0
 
 

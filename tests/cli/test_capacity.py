@@ -16,9 +16,11 @@ from tq_vllm.config import PRESETS
 from tq_vllm.format import UnsupportedHeadDimError
 
 GIB = 2**30
-# Bytes of a token of one KV head: codes of K and V, and two f16 scales.
+# Bytes of a token of one KV head: codes of K and V, and two f16 scales (prod: three).
 SLOT_BYTES_128 = {"k8v8": 260, "k8v4": 196, "k5v4": 148, "k4v4": 132, "k4v3": 116, "k3v3": 100, "k3v2": 84, "k2v2": 68}
+SLOT_BYTES_128 |= {"t3": 100, "t2": 68, "prod": 134}
 SLOT_BYTES_64 = {"k8v8": 132, "k8v4": 100, "k5v4": 76, "k4v4": 68, "k4v3": 60, "k3v3": 52, "k3v2": 44, "k2v2": 36}
+SLOT_BYTES_64 |= {"t3": 52, "t2": 36, "prod": 70}
 
 
 def rows(report: dict) -> dict[str, dict]:

@@ -84,6 +84,26 @@ def test_page_tables_are_what_the_generator_gives(bits):
     assert generator.page_codebook(bits) == (tables.PAGE_LEVELS[bits], tables.PAGE_UNIT[bits])
 
 
+@pytest.mark.parametrize("bits, gain", [(2, 0.265), (3, 0.317)])
+def test_trellis_codebook_gains_over_lloyd_max(bits, gain):
+    """On N(0, 1): what docs/design.md says, less three standard deviations of this sample; and levels are means."""
+    levels = codebooks.trellis_centroids(bits).double().numpy()
+    y = generator.trellis_sample(1 << 13, seed=2)
+    index = generator.trellis_assignment(y, levels).ravel()
+    y = y.double().numpy().ravel()
+    assert np.mean((y - levels[index]) ** 2) < (1 - gain) * generator.Density(None).mse(generator.lloyd_max(bits, None))
+    means = np.bincount(index, weights=y) / np.bincount(index)
+    np.testing.assert_allclose(means, levels, atol=0.03)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_trellis_levels_are_exact_integers(bits):
+    m, unit = tables.TRELLIS_LEVELS[bits], tables.TRELLIS_UNIT[bits]
+    assert len(m) == 2**bits and m[0] >= 0 and 64 <= m[-1] <= 127 and list(m) == sorted(set(m))
+    magnitudes = [(2 * v + 1) * unit for v in m]
+    assert codebooks.trellis_centroids(bits).double().tolist() == [*(-v for v in magnitudes[::-1]), *magnitudes]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_page_levels_are_exact_integers(bits):
     m, unit = tables.PAGE_LEVELS[bits], tables.PAGE_UNIT[bits]
@@ -112,6 +132,8 @@ def test_page_codebook_is_pinned():
         "0x1.8760000000000p-7",
         "0x1.b2e0000000000p-7",
     ]
+    assert tables.TRELLIS_LEVELS == {2: (11, 35, 63, 111), 3: (5, 14, 25, 36, 49, 65, 87, 123)}
+    assert [tables.TRELLIS_UNIT[b].hex() for b in (2, 3)] == ["0x1.11f0000000000p-7", "0x1.4680000000000p-7"]
 
 
 NO_SCIPY = """

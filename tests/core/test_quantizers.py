@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from tq_vllm.config import SCALE_RULES, SCALE_SEARCH
+from tq_vllm.config import SCALE_RULES, SCALE_SEARCH, TRELLIS
 from tq_vllm.core.codebooks import page_centroids, page_thresholds
 from tq_vllm.core.quantizers import FLOAT16_MAX, _search_codes, decode_vectors, encode_vectors
 
 WIDTHS = (2, 3, 4, 5, 8)
+ALL_WIDTHS = (*WIDTHS, TRELLIS + 2, TRELLIS + 3)  # codes of trellises: test_trellis.py
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +44,7 @@ def test_codes_are_the_contracts(bits, scale_search):
     assert codes.tolist() == [contract_codes(row, bits, scale_search) for row in y.double().tolist()]
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_scale_rules(bits):
     y = gaussian(200, 128, seed=bits) * 3
     norm = y.double().norm(dim=-1)
@@ -62,7 +63,7 @@ def test_scale_rules(bits):
     torch.testing.assert_close(scale.double(), norm / math.sqrt(128), **tolerance)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_scale_is_a_float16_number(bits):
     _, scale = encode_vectors(gaussian(50, 64), bits, "norm")
     assert scale.dtype == torch.float32
@@ -104,7 +105,7 @@ def test_zero_coordinates_are_positive(bits):
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_zero_and_non_finite_vectors_decode_to_zero_and_hurt_nobody(bits, rule):
     y = gaussian(7, 64)
     clean = encode_vectors(y, bits, rule)
@@ -118,7 +119,7 @@ def test_zero_and_non_finite_vectors_decode_to_zero_and_hurt_nobody(bits, rule):
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_sizes_from_tiny_to_huge(bits, rule):
     """1e10 is clamped to float16's largest, 1e30 has no float32 norm, 1e-30 has no float16 scale: all decode finite."""
     y = gaussian(64) * torch.tensor([1e10, 1e30, 1e-30, 1e3])[:, None]
@@ -128,7 +129,7 @@ def test_sizes_from_tiny_to_huge(bits, rule):
     assert torch.equal(codes[0], codes[3])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_codes_do_not_depend_on_the_batch(bits):
     y = gaussian(2000, 3, 64, seed=1)
     codes, scale = encode_vectors(y, bits, "norm")

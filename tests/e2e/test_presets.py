@@ -30,6 +30,7 @@ PERPLEXITY = {
     "turboquant:k3v3": 14.42,
     "turboquant:k3v2": 14.75,
     "turboquant:k2v2": 16.11,
+    "turboquant:prod": 13.99,
 }
 NOISE = 1.02
 

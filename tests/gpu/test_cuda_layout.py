@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.batches import PAGES
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TurboQuantPage, pack_words
 from tq_vllm.ops import cuda_library, cuda_ops
@@ -16,15 +17,16 @@ needs_library = pytest.mark.skipif(cuda_library.why_missing() is not None, reaso
 
 
 @needs_library
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_offsets(preset, head_dim):
     page = TurboQuantPage(PRESETS[preset], head_dim)
-    out = (ctypes.c_int32 * 7)()
-    cuda_library.library().tq_layout(page.config.key_bits, page.config.value_bits, head_dim, out)
+    out = (ctypes.c_int32 * 9)()
+    config = page.config
+    cuda_library.library().tq_layout(config.key_width, config.value_width, head_dim, int(config.key_sketch), out)
     planes = [s.offset for s in page.key_sections], [s.offset for s in page.value_sections]
     expected = [offset for p in planes for offset in (*p, -1)[:2]]
-    assert list(out) == [*expected, page.key_scale_offset, page.value_scale_offset, page.tile_bytes]
+    assert list(out)[:7] == [*expected, page.key_scale_offset, page.value_scale_offset, page.tile_bytes]
+    assert list(out)[7:] == [page.sketch_sections[0].offset, page.sketch_scale_offset] or not config.key_sketch
 
 
 @needs_library

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import torch
 
 import tq_vllm.ops  # noqa: F401  registers torch.ops.tq_vllm
-from tq_vllm.config import get_config
+from tq_vllm.config import PRESETS, get_config
 from tq_vllm.core.attention import attention_reference
 from tq_vllm.core.cache import kv_roundtrip
-from tq_vllm.format import TurboQuantPage
+from tq_vllm.format import TurboQuantPage, head_dims_of
 
 store_kv = torch.ops.tq_vllm.store_kv
 attention = torch.ops.tq_vllm.attention
+
+PAGES = [(preset, head_dim) for preset, config in PRESETS.items() for head_dim in head_dims_of(config)]
 
 
 @dataclass

@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.batches import Batch
+from tests.ops.batches import PAGES, Batch
 from tq_vllm.config import PRESETS
-from tq_vllm.format import SUPPORTED_HEAD_DIMS
 from tq_vllm.ops import torch_ops
 
 # Ragged, mixed prefill and decode, an empty request, one that starts now, one that crosses blocks and segments.
 MIXED = {"seq_lens": (300, 7, 0, 130, 1), "query_lens": (1, 7, 0, 30, 1)}
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_every_preset_and_head_size(preset, head_dim):
     Batch(preset=preset, head_dim=head_dim, with_offset=True, padding=2, **MIXED).fill().check()
     Batch(preset=preset, head_dim=head_dim, fresh=False, block_size=64, **MIXED).fill().check()
@@ -45,8 +43,7 @@ requests = st.lists(
 @settings(max_examples=120, deadline=None)
 @given(
     requests=requests,
-    preset=st.sampled_from(sorted(PRESETS)),
-    head_dim=st.sampled_from(SUPPORTED_HEAD_DIMS),
+    page=st.sampled_from(sorted(PAGES)),
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 6),
     block_size=st.sampled_from([16, 32, 64, 128]),
@@ -58,7 +55,8 @@ requests = st.lists(
     padding=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_batch(requests, **fields):
+def test_any_batch(requests, page, **fields):
+    fields |= {"preset": page[0], "head_dim": page[1]}
     Batch(seq_lens=tuple(r[0] for r in requests), query_lens=tuple(r[1] for r in requests), **fields).fill().check()
 
 

@@ -1,5 +1,6 @@
 """Dispatch: one function names the kernel and says why; nothing falls back silently."""
 
+import ctypes
 import logging
 import types
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from tests.ops.batches import Batch
+from tq_vllm.ops import cuda_ops, torch_ops
 from tq_vllm.ops import select as select_module
-from tq_vllm.ops import torch_ops
 from tq_vllm.ops.select import Call, NoKernelError, select
 
 
@@ -53,6 +54,17 @@ def test_no_kernel_is_one_sentence_with_every_reason(kernels):
         select(call("store_kv", device_type="cuda", max_query_len=5))
     with pytest.raises(NoKernelError, match="got device type 'tpu', allowed cpu, cuda"):
         select(call(device_type="tpu"))
+
+
+@pytest.mark.parametrize("head_dim, served", [(64, True), (96, False), (128, True), (192, False), (256, True)])
+def test_trellis_codes_are_written_on_a_gpu_where_a_lane_holds_a_block(monkeypatch, head_dim, served):
+    size = ctypes.sizeof(cuda_ops._StoreParams)
+    monkeypatch.setattr(cuda_ops, "why_missing", lambda: None)
+    monkeypatch.setattr(cuda_ops, "library", lambda: types.SimpleNamespace(tq_store_params_bytes=lambda: size))
+    write = Call("store_kv", "cuda", (9, 0), "turboquant:t3", head_dim, torch.bfloat16, 64)
+    refusal = cuda_ops.supports(write)
+    assert (refusal is None) == served
+    assert served or refusal == f"got head size {head_dim} with trellis codes, allowed 64, 128, 256"
 
 
 def test_a_choice_is_logged_once(kernels, caplog):

@@ -5,36 +5,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.batches import Batch, store_kv
-from tq_vllm.config import PRESETS, get_config
+from tests.ops.batches import PAGES, Batch, store_kv
+from tq_vllm.config import PRESETS, TRELLIS, get_config
 from tq_vllm.core.cache import encode_kv
-from tq_vllm.core.codebooks import page_centroids
+from tq_vllm.core.quantizers import decode_vectors
 from tq_vllm.format import PLANES, SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage, pack_words, unpack_words
 from tq_vllm.ops.torch_pages import centroids_of
 
 
 def read_slot(kv_cache, page, slot, head):
-    """Read one slot byte by byte as format.py documents it: codes and scales of a key and a value."""
+    """Read one slot byte by byte as format.py documents it: codes and scales of a key, a value and a key sketch."""
     block, in_block = divmod(slot, kv_cache.shape[2])
     tile, token = divmod(in_block, TILE_TOKENS)
     record = kv_cache[block, head].flatten()[tile * page.tile_bytes : (tile + 1) * page.tile_bytes]
+    parts = [
+        (page.key_sections, page.key_word_offset, page.config.key_width, page.key_scale_offset),
+        (page.value_sections, page.value_word_offset, page.config.value_width, page.value_scale_offset),
+    ]
+    if page.config.key_sketch:
+        parts.append((page.sketch_sections, page.key_word_offset, 1, page.sketch_scale_offset))
     found = []
-    for sections, word_offset, bits in (
-        (page.key_sections, page.key_word_offset, page.config.key_bits),
-        (page.value_sections, page.value_word_offset, page.config.value_bits),
-    ):
+    for sections, word_offset, bits, _ in parts:
         words = []
         for section in sections:
             offsets = [word_offset(section, token, word) for word in range(section.words)]
             words.append(torch.stack([record[o : o + 4] for o in offsets]).contiguous().view(torch.int32).flatten())
         found.append(unpack_words(words, bits, page.head_dim))
-    for offset in (page.key_scale_offset, page.value_scale_offset):
+    for *_, offset in parts:
         found.append(record[offset + 2 * token :][:2].contiguous().view(torch.float16).float()[0])
     return found
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_bytes_are_where_the_format_says(preset, head_dim):
     batch = Batch(preset=preset, head_dim=head_dim, seq_lens=(40,), query_lens=(1,), block_size=32).fill()
     page = TurboQuantPage(batch.config, head_dim)
@@ -42,19 +44,29 @@ def test_bytes_are_where_the_format_says(preset, head_dim):
     slots = batch.slots(0, torch.arange(40)).tolist()
     for token in (0, 1, 7, 8, 15, 16, 31, 39):
         for head in range(batch.num_kv_heads):
-            key, value, key_scale, value_scale = read_slot(batch.kv_cache, page, slots[token], head)
-            assert torch.equal(key, encoded.key_codes[token, head])
-            assert torch.equal(value, encoded.value_codes[token, head])
-            assert key_scale == encoded.key_scale[token, head] and value_scale == encoded.value_scale[token, head]
+            found = read_slot(batch.kv_cache, page, slots[token], head)
+            codes, scales = found[: len(found) // 2], found[len(found) // 2 :]
+            assert torch.equal(codes[0], encoded.key_codes[token, head])
+            assert torch.equal(codes[1], encoded.value_codes[token, head])
+            assert scales[:2] == [encoded.key_scale[token, head], encoded.value_scale[token, head]]
+            if batch.config.key_sketch:
+                assert torch.equal(codes[2], encoded.sketch_signs[token, head])
+                assert scales[2] == encoded.sketch_scale[token, head]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(sorted(PLANES)), st.sampled_from(SUPPORTED_HEAD_DIMS), st.booleans(), st.integers(0, 2**32))
-def test_fast_unpacking_equals_the_documented_one(bits, head_dim, double, seed):
+@given(
+    st.sampled_from([(w, d) for w in PLANES for d in SUPPORTED_HEAD_DIMS if w < TRELLIS or d % 32 == 0]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_fast_unpacking_equals_the_documented_one(width_and_head_dim, double, seed):
+    width, head_dim = width_and_head_dim
     dtype = torch.float64 if double else torch.float32
-    codes = torch.randint(0, 2**bits, (3, head_dim), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    expected = codes.view(torch.int8).to(dtype) if bits == 8 else page_centroids(bits).to(dtype)[codes.int()]
-    assert torch.equal(centroids_of(pack_words(codes, bits), bits, head_dim, dtype), expected)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2 ** (width % TRELLIS), (3, head_dim), dtype=torch.uint8, generator=generator)
+    expected = 1.0 - 2 * codes if width == 1 else decode_vectors(codes, torch.ones(3), width)
+    assert torch.equal(centroids_of(pack_words(codes, width), width, head_dim, dtype), expected.to(dtype))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,5 +1,7 @@
 """Bad input: one sentence at startup with what, got, allowed and what to use instead."""
 
+import itertools
+
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -110,6 +112,13 @@ def test_unknown_layer_features_are_refused(tiny_config, attention_layer):
         attention_layer(tiny_config(), dual_chunk_attention_config={"chunk_size": 8})
     assert "got dual_chunk_attention_config" in str(caught.value)
     _check_form(str(caught.value))
+
+
+def test_trellis_presets_take_whole_blocks():
+    for head_size, preset in itertools.product((80, 112), ("turboquant:t3", "turboquant:t2")):
+        refusal = _refusal(head_size=head_size, kv_cache_dtype=preset)
+        _check_form(refusal)
+        assert f"got {head_size}, allowed (64, 96, 128, 192, 256)" in refusal
 
 
 def test_head_size_is_refused_by_the_format_too():

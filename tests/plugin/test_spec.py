@@ -12,8 +12,9 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
-from tq_vllm.config import PRESETS, get_config
-from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
+from tests.ops.batches import PAGES
+from tq_vllm.config import get_config
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage
 from tq_vllm.plugin.backend import TurboQuantBackend
 from tq_vllm.plugin.checks import UnsupportedByTurboQuantError
 
@@ -31,8 +32,7 @@ def _spec(dtype: str, head_dim: int = 64, block_size: int = 64, kind=FullAttenti
     )
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_page_is_that_of_the_format(preset, head_dim):
     page = TurboQuantPage(get_config(preset), head_dim)
     for block_size in (16, 48, 128):

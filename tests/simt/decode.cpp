@@ -21,15 +21,19 @@ extern "C" int simt_params_bytes() { return sizeof(tq::DecodeParams); }
 
 // Returns 1 if there is no such instantiation.
 extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLaunch* launch, int num_warps) {
-#define TQ_TRY(K, V, D, R)                                                                                                \
-  if (launch->key_bits == K && launch->value_bits == V && launch->head_dim == D && launch->rows == R) {                   \
-    run<tq::Shape<K, V, D, R>>(*params, *launch, num_warps);                                                               \
+#define TQ_TRY_SKETCH(K, V, D, R, SKETCH)                                                                                 \
+  if (launch->key_bits == K && launch->value_bits == V && launch->head_dim == D && launch->rows == R &&                   \
+      launch->key_sketch == SKETCH) {                                                                                     \
+    run<tq::Shape<K, V, D, R, SKETCH>>(*params, *launch, num_warps);                                                       \
     return 0;                                                                                                             \
   }
+#define TQ_TRY(K, V, D, R) TQ_TRY_SKETCH(K, V, D, R, 0)
 #define TQ_WIDTHS(D, R) \
   TQ_TRY(8, 8, D, R) TQ_TRY(8, 4, D, R) TQ_TRY(5, 4, D, R) TQ_TRY(4, 4, D, R) TQ_TRY(4, 3, D, R) TQ_TRY(3, 3, D, R) TQ_TRY(3, 2, D, R) \
-  TQ_TRY(2, 2, D, R)
+  TQ_TRY(2, 2, D, R) TQ_TRY(19, 19, D, R) TQ_TRY(18, 18, D, R)
   TQ_WIDTHS(128, 4) TQ_WIDTHS(64, 8) TQ_WIDTHS(256, 4)
-  TQ_WIDTHS(128, 32) TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 64, 32) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
+  TQ_TRY(8, 8, 128, 32) TQ_TRY(5, 4, 128, 32) TQ_TRY(4, 4, 128, 32) TQ_TRY(3, 3, 128, 32) TQ_TRY(19, 19, 128, 32)
+  TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 64, 32) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
+  TQ_TRY_SKETCH(3, 4, 128, 4, 1) TQ_TRY_SKETCH(3, 4, 64, 8, 1) TQ_TRY_SKETCH(3, 4, 256, 4, 1) TQ_TRY_SKETCH(3, 4, 128, 8, 1)
   return 1;
 }

@@ -81,6 +81,8 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float load_fresh(const float* at) { return *at; }
 inline float4 load_fresh_4(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 
+inline void prefetch_l2(const void*) {}
+
 inline void wait_for_earlier_kernels() {}
 inline void let_next_kernel_start() {}
 

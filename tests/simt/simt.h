@@ -19,13 +19,14 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__
+#define __constant__
 #define __align__(n)
 
 struct alignas(8) float2 { float x, y; };
 struct uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct Dim { unsigned x; };
+struct Dim { unsigned x, y = 0; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -82,12 +83,12 @@ inline void enter() {
   swapcontext(&current->context, &scheduler);
 }
 
-// Run kernel() for every thread of `ctas` CTAs of `num_warps` warps.
-inline void launch(int ctas, int num_warps, std::function<void()> kernel) {
+// Run kernel() for every thread of `ctas` CTAs of `num_warps` warps, row `y` of the grid.
+inline void launch(int ctas, int num_warps, std::function<void()> kernel, unsigned y = 0) {
   unsigned order = std::getenv("SIMT_ORDER") ? std::atoi(std::getenv("SIMT_ORDER")) : 0;
   body = kernel, grid_size = {unsigned(ctas)}, block_size = {unsigned(32 * num_warps)};
   for (unsigned b = 0; b < unsigned(ctas); b++) {
-    block = {b}, cta = {}, warps.assign(num_warps, {});
+    block = {b, y}, cta = {}, warps.assign(num_warps, {});
     for (int i = 0; i < 32 * num_warps; i++) {
       Fiber* f = new Fiber;
       f->thread = {unsigned(i)}, f->warp = i / 32, f->lane = i % 32;
@@ -152,6 +153,8 @@ inline float __uint_as_float(uint32_t x) { return simt_bits<float>(x); }
 inline int __ffs(unsigned x) { return x ? __builtin_ctz(x) + 1 : 0; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+// Where c is a power of two above a * b whose steps are whole numbers: a * b is exact in double.
+inline float __fmaf_rd(float a, float b, float c) { return float(std::floor(double(a) * b) + c); }
 inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;

@@ -6,8 +6,7 @@ Shows the kernel's logic: layouts, masks, splits, merges. Instructions are model
 import contextlib
 import ctypes
 import shutil
-import subprocess
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from tests.ops.batches import Batch
 from tq_vllm.config import PRESETS
 from tq_vllm.ops import cuda_attention
 
-HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
 CTAS, WARPS = 3, 2
 LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 1000)
 
@@ -25,16 +22,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ comp
 
 
 @pytest.fixture(scope="module")
-def simulator(tmp_path_factory):
-    """csrc as it is, with the instructions of this folder and no CUDA headers."""
-    folder = tmp_path_factory.mktemp("simt")
-    for source in (*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.c*")):
-        shutil.copy(source, folder)
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "early_start.cuh"):
-        (folder / header).write_text('#include "simt.h"\n')
-    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-I.", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, "decode.cpp", "-o", "decode.so"], check=True, cwd=folder)
-    return ctypes.CDLL(str(folder / "decode.so"))
+def simulator(compile_simt):
+    return compile_simt("decode")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +116,7 @@ def test_several_query_tokens(query_lens):
     check(head_dim=128, group=4, seq_lens=(10, 100, 400), query_lens=query_lens, with_offset=True)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["turboquant", *(f"turboquant:{p}" for p in ("k8v8", "k5v4", "k3v3", "t3", "prod"))])
 def test_many_rows(preset):
     """Up to 32 query rows in a warp."""
     check(preset=preset, head_dim=128, group=4, num_kv_heads=1, seq_lens=(12, 70, 150), query_lens=(8, 3, 5))
@@ -175,6 +164,22 @@ def test_key_offset(dtype, offset_dtype, head_dim, group, query_len, aligned):
     """More than 32 segments, which are scored at a time, and positions beyond the last one."""
     check(dtype=dtype, offset_dtype=offset_dtype, aligned=aligned, head_dim=head_dim, group=group, num_kv_heads=1,
           seq_lens=(2090,), query_lens=(query_len,), with_offset=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim, group, query_len", ((128, 4, 1), (64, 8, 1), (256, 2, 3)))
+def test_key_sketch(head_dim, group, query_len):
+    """Nothing, and window, soft cap, sinks and key offset together."""
+    options = dict(sliding_window=50, logits_soft_cap=2.0, with_sinks=True, with_offset=True)
+    for chosen in ({}, options):
+        check(preset="turboquant:prod", head_dim=head_dim, group=group, seq_lens=(63, 65, 130, 300),
+              query_lens=(query_len,) * 4, **chosen)  # fmt: skip
+
+
+def test_a_lost_sketch_would_be_seen():
+    b = Batch(preset="turboquant:prod", head_dim=128, group=4, seq_lens=(130,), query_lens=(1,), fresh=False).fill()
+    with_sketch, _ = b.expected()
+    b.config = replace(b.config, key_sketch=False)
+    assert (b.expected()[0] - with_sketch).abs().max() > 1e-2
 
 
 def test_empty_and_many_requests():

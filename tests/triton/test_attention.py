@@ -60,9 +60,24 @@ def test_head_dim(triton_ops, monkeypatch, head_dim, step):
 
 @pytest.mark.parametrize("step", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("preset", ["turboquant", "turboquant:k3v3", "turboquant:k2v2", "turboquant:k5v4"])
+@pytest.mark.parametrize("preset", [f"turboquant{name}" for name in ("", ":k3v3", ":k2v2", ":k5v4", ":t3", ":prod")])
 def test_16_bit(triton_ops, monkeypatch, preset, dtype, step):
     check(triton_ops, monkeypatch, preset=preset, dtype=dtype, head_dim=128, **SMALL, **step)
+
+
+@pytest.mark.parametrize("step", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_key_sketches_of_other_head_sizes(triton_ops, monkeypatch, head_dim, step):
+    check(triton_ops, monkeypatch, head_dim=head_dim, preset="turboquant:prod", with_offset=True, **SMALL, **step)
+
+
+def test_the_comparison_sees_a_lost_sketch(triton_ops, monkeypatch):
+    from tq_vllm.triton_kernels import rotation
+
+    lost = lambda *args: torch.zeros_like(rotation.sketch_matrix(*args))  # noqa: E731
+    monkeypatch.setattr(rotation, "transposed_sketch", lost)
+    with pytest.raises(AssertionError):
+        check(triton_ops, monkeypatch, preset="turboquant:prod", **SMALL, **DECODE)
 
 
 FEATURES = {

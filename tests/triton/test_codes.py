@@ -3,31 +3,33 @@
 import pytest
 import torch
 
-from tests.ops.batches import Batch
-from tq_vllm.config import PRESETS
-from tq_vllm.format import SUPPORTED_HEAD_DIMS
-from tq_vllm.ops.torch_pages import get_page, read_tokens
+from tests.ops.batches import PAGES, Batch
+from tq_vllm.ops.torch_pages import get_page, read_sketches, read_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, head_dim", PAGES)
 def test_numbers(triton_ops, preset, head_dim):
     """By the plain way, and on a GPU by `prmt` in both orientations too."""
     import triton
     import triton.language as tl
 
     from tests.triton.decoded import decoded_kernel
-    from tq_vllm.triton_kernels.codes import key_codes, value_codes
+    from tq_vllm.triton_kernels.codes import key_codes, sketch_codes, value_codes
 
     batch = Batch(preset=preset, head_dim=head_dim, seq_lens=(64,), query_lens=(1,), block_size=64).fill()
     page, W = get_page(preset, head_dim), triton.next_power_of_2(head_dim // 8)
-    centroids_and_scales = read_tokens(batch.kv_cache, page, batch.block_table[:, :1].long(), torch.float32)
+    blocks = batch.block_table[:, :1].long()
+    key, value, key_scale, value_scale = read_tokens(batch.kv_cache, page, blocks, torch.float32)
+    parts = [(False, key_codes, key, key_scale), (True, value_codes, value, value_scale)]
+    if page.config.key_sketch:
+        signs = read_sketches(batch.kv_cache, page, blocks.expand(-1, 4), torch.arange(4), torch.float32)
+        parts.append((False, sketch_codes, *signs))
     cache = batch.kv_cache[batch.block_table[0, 0].item() :][:1].contiguous().to(DEVICE)
     table = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
-    for values, codes_of in ((False, key_codes), (True, value_codes)):
-        expected = centroids_and_scales[values][0] * centroids_and_scales[2 + values][0][..., None]
+    for values, codes_of, centroids, scale in parts:
+        expected = centroids[0] * scale[0][..., None]
         for dtype in (tl.float16, tl.bfloat16) if DEVICE == "cuda" else (None,):
             codes = codes_of(page, dtype)
             out = torch.zeros(2, 64, 8 * W, device=DEVICE)

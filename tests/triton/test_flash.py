@@ -96,6 +96,12 @@ def test_head_dim(head_dim):
     check(head_dim=head_dim, num_kv_heads=1, seq_lens=(90, 5), query_lens=(33, 5), with_offset=True)
 
 
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_key_sketches_of_other_head_sizes(head_dim):
+    check(preset="turboquant:prod", head_dim=head_dim, num_kv_heads=1, seq_lens=(90, 5), query_lens=(33, 5),
+          with_offset=True)  # fmt: skip
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_one_pass(feature):
     check(**FEATURES[feature])

@@ -18,7 +18,7 @@ from tq_vllm.cli.kv_blocks import BATCHES_IN_FLIGHT, DEFAULT_BLOCK_SIZE, plan_bl
 from tq_vllm.cli.model_config import ModelShape, model_shape
 from tq_vllm.cli.table import print_table
 from tq_vllm.config import PRESETS
-from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS, TurboQuantPage
+from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS, TurboQuantPage, head_dims_of
 
 DEFAULT_MEMORY = "16GiB"
 BYTES_OF_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -71,8 +71,10 @@ def capacity_report(
     num_layers = shape.num_full_layers + shape.num_sliding_layers
     in_flight = BATCHES_IN_FLIGHT[device] * max_num_batched_tokens
 
+    # At a head size without trellis presets the others are listed; at one without any, the first says so.
+    stored = {n: p for n, p in PRESETS.items() if not p.trellis or shape.head_dim in head_dims_of(p)}
     slot_bytes = {"bf16": 4 * shape.head_dim, "fp8": 2 * shape.head_dim}
-    slot_bytes |= {name: TurboQuantPage(preset, shape.head_dim).slot_bytes for name, preset in PRESETS.items()}
+    slot_bytes |= {name: TurboQuantPage(preset, shape.head_dim).slot_bytes for name, preset in stored.items()}
     formats = []
     for name, slot in slot_bytes.items():
         family = "turboquant" if name in PRESETS else "stock"

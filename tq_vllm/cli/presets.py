@@ -4,7 +4,7 @@ import argparse
 import json
 
 from tq_vllm.cli.table import print_table
-from tq_vllm.config import PRESETS, TurboQuantConfig
+from tq_vllm.config import PRESETS, TRELLIS, TurboQuantConfig
 from tq_vllm.format import TurboQuantPage
 
 HEAD_DIMS = (64, 128)
@@ -17,7 +17,10 @@ PURPOSE = {
     (3, 3): "long contexts",
     (3, 2): "2.5 bits",
     (2, 2): "experiments",
+    (TRELLIS + 3, TRELLIS + 3): "3 bits, trellis-coded",
+    (TRELLIS + 2, TRELLIS + 2): "2 bits, trellis-coded",
 }
+PROD_PURPOSE = "the paper's QJL keys, for reproduction"
 
 
 def preset_row(config: TurboQuantConfig) -> dict:
@@ -26,11 +29,12 @@ def preset_row(config: TurboQuantConfig) -> dict:
     return {
         "name": config.name,
         "key_bits": config.key_bits,
+        "key_label": config.key_label,
         "value_bits": config.value_bits,
         "bytes_per_token_and_head": {str(d): n for d, n in slot_bytes.items()},
         "bits_per_coordinate": {str(d): 8 * n / (2 * d) for d, n in slot_bytes.items()},
         "ratio_to_bf16": {str(d): 4 * d / n for d, n in slot_bytes.items()},
-        "purpose": PURPOSE[config.key_bits, config.value_bits],
+        "purpose": PROD_PURPOSE if config.key_sketch else PURPOSE[config.key_width, config.value_width],
     }
 
 
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(
         "TurboQuant presets (--kv-cache-dtype), by head size d",
         columns,
-        [[row["name"], f"{row['key_bits']}/{row['value_bits']}", *_numbers(row), row["purpose"]] for row in rows],
+        [[row["name"], f"{row['key_label']}/{row['value_bits']}", *_numbers(row), row["purpose"]] for row in rows],
         ["bytes: one token of one KV head, keys and values, scales included. bits: the same, a coordinate."],
     )
     return 0

@@ -169,7 +169,7 @@ def cache_line(model: str, kv_cache_dtype: str, tokens: int) -> str:
     token_bytes = slots * TurboQuantPage(config, shape.head_dim).slot_bytes
     bf16_bytes = slots * 2 * 2 * shape.head_dim  # keys and values, two bytes a coordinate
     return (
-        f"{kv_cache_dtype} cache ({config.key_bits}-bit keys, {config.value_bits}-bit values), "
+        f"{kv_cache_dtype} cache ({config.key_label}-bit keys, {config.value_bits}-bit values), "
         f"{token_bytes:,} bytes per token, {tokens:,} tokens fit, {bf16_bytes / token_bytes:.2f} times as many as bf16"
     )
 

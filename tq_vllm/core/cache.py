@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tq_vllm.config import TurboQuantConfig
+from tq_vllm.core.qjl import decode_residuals, encode_residuals
 from tq_vllm.core.quantizers import decode_vectors, encode_vectors
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SEGMENT_TOKENS
@@ -17,6 +18,8 @@ class EncodedKV(NamedTuple):
     key_scale: torch.Tensor  # [num_tokens, num_kv_heads] f32 (an f16 number)
     value_codes: torch.Tensor  # like key_codes
     value_scale: torch.Tensor  # like key_scale
+    sketch_signs: torch.Tensor | None = None  # like key_codes, 0 and 1; None without a key sketch
+    sketch_scale: torch.Tensor | None = None  # like key_scale
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -50,14 +53,20 @@ def encode_kv(
         if positions is None:
             raise ValueError("key_offset without positions: pass the absolute position of every token.")
         key = key - offset_at(key_offset, positions).to(key.dtype)
-    key_way, value_way = (config.key_bits, config.key_scale_rule), (config.value_bits, config.value_scale_rule)
+    key_way, value_way = (config.key_width, config.key_scale_rule), (config.value_width, config.value_scale_rule)
     if key_way == value_way:  # as one: half the time for the few vectors of a decode step
         codes, scale = encode_vectors(rotation.forward(torch.stack((key, value))), *key_way, config.scale_search)
         return EncodedKV(codes[0], scale[0], codes[1], scale[1])
-    return EncodedKV(
-        *encode_vectors(rotation.forward(key), *key_way, config.scale_search),
+    rotated = rotation.forward(key)
+    encoded = EncodedKV(
+        *encode_vectors(rotated, *key_way, config.scale_search),
         *encode_vectors(rotation.forward(value), *value_way, config.scale_search),
     )
+    if not config.key_sketch:
+        return encoded
+    # Of what a reader sees: the sketch also makes up for the scale rule and its rounding, whatever they are.
+    missed = rotated.to(torch.float32) - decode_vectors(encoded.key_codes, encoded.key_scale, config.key_width)
+    return EncodedKV(*encoded[:4], *encode_residuals(missed))
 
 
 def decode_kv(
@@ -72,10 +81,12 @@ def decode_kv(
     key, value = (
         rotation.inverse(decode_vectors(codes, torch.ones_like(scale), bits).to(dtype) * scale.to(dtype)[..., None])
         for codes, scale, bits in (
-            (encoded.key_codes, encoded.key_scale, config.key_bits),
-            (encoded.value_codes, encoded.value_scale, config.value_bits),
+            (encoded.key_codes, encoded.key_scale, config.key_width),
+            (encoded.value_codes, encoded.value_scale, config.value_width),
         )
     )
+    if config.key_sketch:
+        key = key + rotation.inverse(decode_residuals(encoded.sketch_signs, encoded.sketch_scale.to(dtype)))
     if key_offset is not None:
         key = key + offset_at(key_offset, positions).to(dtype)
     return key, value

@@ -4,6 +4,9 @@ All densities here are of a coordinate u scaled to unit variance. Limit: N(0, 1)
 vector in dimension d: u = sqrt(d) * x with density proportional to (1 - u^2/d)^((d-3)/2) on |u| <= sqrt(d)
 (TurboQuant Lemma 1). Both are symmetric and log-concave, so that the Lloyd-Max quantizer is unique and symmetric; only
 its positive half is solved.
+
+Trellis codebooks have no closed form: each level is the mean of what the encoder assigns to it, over a fixed sample of
+N(0, 1), iterated (the generalised Lloyd algorithm, as Marcellin and Fischer 1990 optimise theirs).
 """
 
 import functools
@@ -14,10 +17,15 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import scipy.special
+import torch
+
+from tq_vllm.core import trellis
 
 TABLE_BITS = range(1, 9)
 TABLE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 PAGE_BITS = range(2, 6)
+TRELLIS_BITS = (2, 3)
+TRELLIS_SAMPLE, TRELLIS_ITERATIONS = 1 << 15, 30  # blocks, and Lloyd steps on them
 PAGE_LEVEL_MAX = 127
 PAGE_UNIT_BITS = 12  # significant bits kept of a page unit, so that every (2m+1)*unit is exact in float32
 
@@ -116,19 +124,64 @@ def _page_candidate(bits: int, unit: float) -> tuple[float, np.ndarray]:
     return best, ((odd - 1) / 2).astype(int)
 
 
+def _page_units(largest: float) -> list[float]:
+    """Units, of PAGE_UNIT_BITS significant bits, that give a largest level of `largest` an m from about 64 to 127."""
+    exponent = math.floor(math.log2(largest / (2 * PAGE_LEVEL_MAX + 1)))
+    quantum = 2.0 ** (exponent - PAGE_UNIT_BITS + 1)
+    first = math.ceil(0.98 * largest / (2 * PAGE_LEVEL_MAX + 1) / quantum)
+    return [k * quantum for k in range(first, 2 * first)]
+
+
 @functools.cache
 def page_codebook(bits: int) -> tuple[tuple[int, ...], float]:
     """Return (m [2**(bits-1)], unit): the codebook sign*(2m+1)*unit, m in 0..127, of least Gaussian MSE.
 
     A unit has PAGE_UNIT_BITS significant bits; the grid takes the largest m from about 64 to 127.
     """
-    largest = lloyd_max(bits, None)[-1]
-    exponent = math.floor(math.log2(largest / (2 * PAGE_LEVEL_MAX + 1)))
-    quantum = 2.0 ** (exponent - PAGE_UNIT_BITS + 1)
-    first = math.ceil(0.98 * largest / (2 * PAGE_LEVEL_MAX + 1) / quantum)
-    units = [k * quantum for k in range(first, 2 * first)]
+    units = _page_units(lloyd_max(bits, None)[-1])
     best = min(units, key=lambda unit: _page_candidate(bits, unit)[0])
     return tuple(_page_candidate(bits, best)[1].tolist()), best
+
+
+def trellis_sample(num_blocks: int, seed: int) -> torch.Tensor:
+    """Return blocks of N(0, 1), float32 [32, num_blocks]."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((trellis.BLOCK, num_blocks), np.float32))
+
+
+def trellis_assignment(y: torch.Tensor, levels: np.ndarray) -> np.ndarray:
+    """Return the index among the rising `levels` that the encoder gives each coordinate of blocks y [32, n]."""
+    table = torch.tensor(levels, dtype=torch.float32)
+    parts = (trellis.quantize(part, trellis.closest_paths(part, table), table)[1] for part in y.split(1024, 1))
+    return torch.cat(list(parts), 1).numpy()
+
+
+@functools.cache
+def trellis_codebook(bits: int) -> tuple[tuple[int, ...], float]:
+    """Return (m [2**bits], unit): the trellis codebook +-(2m+1)*unit, m in 0..127, its unit as of a page codebook."""
+    y = trellis_sample(TRELLIS_SAMPLE, seed=0)
+    count = 2 << bits
+    levels = 1.15 * scipy.special.ndtri((np.arange(count) + 0.5) / count)
+    for _ in range(TRELLIS_ITERATIONS):
+        index = trellis_assignment(y, levels).ravel()
+        hits = np.bincount(index, minlength=count)
+        sums = np.bincount(index, weights=y.numpy().ravel(), minlength=count)
+        levels = (sums - sums[::-1]) / (hits + hits[::-1])  # of the sample and its negative
+    positive, share = levels[count // 2 :], (hits + hits[::-1])[count // 2 :]
+
+    def rounded(unit: float) -> np.ndarray:
+        return np.clip(np.round((positive / unit - 1) / 2), 0, PAGE_LEVEL_MAX)
+
+    unit = min(_page_units(positive[-1]), key=lambda u: float(share @ ((2 * rounded(u) + 1) * u - positive) ** 2))
+    return tuple(rounded(unit).astype(int).tolist()), unit
+
+
+def trellis_mse(bits: int, seed: int) -> float:
+    """Mean squared error of the trellis codebook over another sample of N(0, 1)."""
+    m, unit = trellis_codebook(bits)
+    positive = (2 * np.array(m) + 1) * unit
+    levels = np.concatenate((-positive[::-1], positive))
+    y = trellis_sample(TRELLIS_SAMPLE, seed)
+    return float(np.mean((y.numpy().astype(np.float64) - levels[trellis_assignment(y, levels)]) ** 2))
 
 
 def tables_source() -> str:
@@ -153,17 +206,28 @@ def tables_source() -> str:
     lines += [f"    {bits}: ({', '.join(map(str, levels))})," for bits, (levels, _) in pages.items()]
     lines += ["}", "PAGE_UNIT = {"]
     lines += [f"    {bits}: {unit!r},  # {unit.hex()}" for bits, (_, unit) in pages.items()]
+    lines += ["}", "", "# bits -> m, ascending: the trellis codebook's magnitudes are (2m+1)*unit"]
+    lines += ["TRELLIS_LEVELS = {"]
+    trellises = {bits: trellis_codebook(bits) for bits in TRELLIS_BITS}
+    lines += [f"    {bits}: ({', '.join(map(str, levels))})," for bits, (levels, _) in trellises.items()]
+    lines += ["}", "TRELLIS_UNIT = {"]
+    lines += [f"    {bits}: {unit!r},  # {unit.hex()}" for bits, (_, unit) in trellises.items()]
     return "\n".join([*lines, "}", ""])
 
 
 def main() -> None:
-    """Write codebook_tables.py beside this file and print what the page codebooks cost."""
+    """Write codebook_tables.py beside this file and print what the codebooks of pages cost."""
     Path(__file__).with_name("codebook_tables.py").write_text(tables_source())
     for bits in PAGE_BITS:
         levels, unit = page_codebook(bits)
         optimum = Density(None).mse(lloyd_max(bits, None))
         page = Density(None).mse((2 * np.array(levels) + 1) * unit)
         cost = f"Lloyd-Max {optimum:.6f}, page {page:.6f} ({page / optimum - 1:+.3%})"
+        print(f"{bits} bits: {cost}, m {levels}, unit {unit}")
+    for bits in TRELLIS_BITS:
+        levels, unit = trellis_codebook(bits)
+        optimum, error = Density(None).mse(lloyd_max(bits, None)), trellis_mse(bits, seed=1)
+        cost = f"Lloyd-Max {optimum:.6f}, trellis {error:.6f} ({error / optimum - 1:+.2%})"
         print(f"{bits} bits: {cost}, m {levels}, unit {unit}")
 
 

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from tq_vllm.core.codebook_tables import LLOYD_MAX, PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.core.codebook_tables import LLOYD_MAX, PAGE_LEVELS, PAGE_UNIT, TRELLIS_LEVELS, TRELLIS_UNIT
 
 MAX_BITS = 8
 
@@ -59,3 +59,13 @@ def page_centroids(bits: int) -> torch.Tensor:
 def page_thresholds(bits: int) -> torch.Tensor:
     """Return the thresholds between the page magnitudes, float32 [2**(bits-1) - 1], exact multiples of the unit."""
     return thresholds(page_levels(bits))
+
+
+@functools.cache
+def trellis_centroids(bits: int) -> torch.Tensor:
+    """Return the levels of the trellis codebook, float32 [2**(bits+1)] rising, for 2 and 3 bits (don't write to it).
+
+    They are +-(2m+1)*unit with m = TRELLIS_LEVELS[bits], as exact as page levels.
+    """
+    levels = torch.tensor([(2 * m + 1) * TRELLIS_UNIT[bits] for m in TRELLIS_LEVELS[bits]], dtype=torch.float32)
+    return torch.cat((-levels.flip(0), levels))

@@ -11,11 +11,46 @@ from dataclasses import dataclass
 import torch
 
 from tq_vllm.core.packing import pack_codes, unpack_codes
-from tq_vllm.core.quantizers import TurboQuantMSE, normalise
+from tq_vllm.core.quantizers import FLOAT16_MAX, TurboQuantMSE, normalise
 from tq_vllm.core.rotations import Rotation, default_rotation, dense_orthogonal, get_rotation
 from tq_vllm.core.splitmix import random_gaussian
 
 SKETCHES = ("gaussian", "orthogonal")
+PAGE_SKETCH_SEED = 1  # of the signs of the cache's S; the rotation before it has seed 0
+
+
+def orthogonal_gain(dim: int) -> float:
+    """Return g with E g S^T sign(S r) = r / |r| for a random orthogonal S of `dim` rows: 1 / (dim E|z_1|), z uniform on
+    the unit sphere. Close to sqrt(pi / (2 dim)), the paper's sqrt(pi/2) / dim with rows of length sqrt(dim)."""
+    return math.sqrt(math.pi) / dim * math.exp(math.lgamma((dim + 1) / 2) - math.lgamma(dim / 2))
+
+
+def page_sketch(head_dim: int) -> Rotation:
+    """Return the S of the cache: a second randomised Hadamard rotation."""
+    return get_rotation(head_dim, seed=PAGE_SKETCH_SEED)
+
+
+def encode_residuals(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sketch what the codes of rotated vectors miss (TurboQuant Alg. 2 lines 6 and 7), for the cache.
+
+    Args:
+        residual: f32 [..., head_dim]: the rotated vectors minus what their codes and stored scales decode to.
+
+    Returns:
+        signs uint8 [..., head_dim], 1 where S r is negative; scale f32 [...], gain * |r| rounded to float16. Both are 0
+        for a residual whose norm is 0 or not finite in float32.
+    """
+    norm = torch.linalg.vector_norm(residual, dim=-1)
+    broken = ~norm.isfinite() | (norm == 0)
+    signs = page_sketch(residual.shape[-1]).forward(residual.masked_fill(broken[..., None], 0.0)) < 0
+    scale = (norm * orthogonal_gain(residual.shape[-1])).masked_fill(broken, 0.0).clamp_(max=FLOAT16_MAX)
+    return signs.to(torch.uint8), scale.to(torch.float16).to(torch.float32)
+
+
+def decode_residuals(signs: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the estimates scale * S^T sign(S r) of rotated residuals, [..., head_dim] of the dtype of scale [...]."""
+    sketched = (1.0 - 2.0 * signs.to(scale.dtype)) * scale[..., None]
+    return page_sketch(signs.shape[-1]).inverse(sketched)
 
 
 @dataclass(frozen=True)
@@ -55,7 +90,7 @@ class TurboQuantProd:
             self._gain = math.sqrt(math.pi / 2) / dim
         else:
             matrix = dense_orthogonal(dim, sketch_seed)
-            self._gain = math.sqrt(math.pi) / dim * math.exp(math.lgamma((dim + 1) / 2) - math.lgamma(dim / 2))
+            self._gain = orthogonal_gain(dim)
         self._sketch = matrix.to(torch.float32)  # S [dim, dim]
 
     def _mse_part(self, quantized: ProdCodes) -> torch.Tensor:

@@ -6,6 +6,7 @@ coordinates) and c the decoded codes, the vector reads back as scale * c, where 
   "unbiased"  n^2 / <y, c>   the EDEN scale: inner products are unbiased over random rotations
   "raw"       n / sqrt(d)    Algorithm 1 as printed (with scale_search=(1.0,))
 rounded to float16. A vector whose squared norm is not finite in float32 (NaN, inf, norm above 1.8e19) is stored as 0.
+With trellis codes (trellis.py), c is what `trellis.search_codes` finds.
 """
 
 import functools
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_vllm.config import SCALE_RULES, SCALE_SEARCH
+from tq_vllm.config import SCALE_RULES, SCALE_SEARCH, TRELLIS, TRELLIS_BITS
+from tq_vllm.core import trellis
 from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
-from tq_vllm.core.codebooks import centroids, lloyd_max_levels, page_centroids, thresholds
+from tq_vllm.core.codebooks import centroids, lloyd_max_levels, page_centroids, thresholds, trellis_centroids
 from tq_vllm.core.packing import pack_codes, unpack_codes
 from tq_vllm.core.rotations import Rotation, default_rotation, get_rotation
 
@@ -71,9 +73,11 @@ def encode_vectors(
     """Quantize rotated vectors y [..., d] f32 to (codes uint8 [..., d], scale f32 [...], already rounded to float16).
 
     bits 2..5: page codebook, the best of the scale candidates; bits 8: rint(u * 127 / max|u|) as the byte of an int8
-    with scale n / |c|, whatever the rule and candidates. ValueError for another width or rule.
+    with scale n / |c|, whatever the rule and candidates; bits TRELLIS + 2 and TRELLIS + 3: trellis codes of 2 and 3
+    bits, d a multiple of 32. ValueError for another width or rule.
     """
-    if bits != 8 and bits not in PAGE_LEVELS:
+    is_trellis = bits - TRELLIS in TRELLIS_BITS
+    if bits != 8 and bits not in PAGE_LEVELS and not is_trellis:
         raise ValueError(f"Vectors of {bits} bits; widths are {', '.join(map(str, PAGE_LEVELS))} and 8.")
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"Scale rule is {scale_rule!r}; it must be one of {', '.join(SCALE_RULES)}.")
@@ -87,7 +91,10 @@ def encode_vectors(
     else:
         block = _BLOCK_ELEMENTS_CPU if u.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
         rows = max(1, block // (len(scale_search) * dim))
-        parts = [_search_codes(part, bits, scale_search) for part in u.split(rows)]
+        if is_trellis:
+            parts = [trellis.search_codes(part, bits - TRELLIS, scale_search) for part in u.split(rows)]
+        else:
+            parts = [_search_codes(part, bits, scale_search) for part in u.split(rows)]
         codes, dot, length = (torch.cat(part) for part in zip(*parts, strict=True))
         if scale_rule == "norm":
             scale = norm / length
@@ -95,14 +102,18 @@ def encode_vectors(
             scale = norm * math.sqrt(dim) / dot
         else:
             scale = norm / math.sqrt(dim)
+        if is_trellis:  # the path nearest to zero is not the codes 0
+            codes = codes.masked_fill_((norm == 0)[:, None], 0)
     scale = scale.masked_fill(norm == 0, 0.0).clamp_(max=FLOAT16_MAX).to(torch.float16).to(torch.float32)
     return codes.view(y.shape), scale.view(y.shape[:-1])
 
 
 def decode_vectors(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the rotated vectors scale * c, f32 [..., d], of codes uint8 [..., d] and scale [...]; widths 2..5, 8."""
+    """Return the rotated vectors scale * c, f32 [..., d], of codes uint8 [..., d], scale [...]; bits as encoded."""
     if bits == 8:
         c = codes.view(torch.int8).to(torch.float32)
+    elif bits > TRELLIS:
+        c = trellis_centroids(bits - TRELLIS).to(codes.device)[trellis.level_indices(codes)]
     else:
         c = page_centroids(bits).to(codes.device).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
     return c.mul_(scale[..., None])

@@ -12,6 +12,7 @@ from tq_vllm.ops.torch_pages import get_page
 
 MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks, each of which reads the cache
 ROWS = {64: (4, 8, 16, 32), 128: (4, 8, 16, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
+MAX_SKETCH_ROWS = 8  # the same with a key sketch
 
 
 def refuse_attention(call: Call) -> str | None:
@@ -57,6 +58,7 @@ class _Launch(ctypes.Structure):
             "key_bits",
             "value_bits",
             "head_dim",
+            "key_sketch",
             "rows",
             "max_query_len",
             "num_ctas",
@@ -66,16 +68,17 @@ class _Launch(ctypes.Structure):
     ]
 
 
-def _rows_of(head_dim: int, query_rows: int) -> int:
+def _rows_of(preset: str, head_dim: int, query_rows: int) -> int:
     """Query rows of a unit of work, for so many of a request and KV head: what fits a warp's registers."""
-    return next((rows for rows in ROWS[head_dim] if query_rows <= rows), ROWS[head_dim][-1])
+    allowed = [rows for rows in ROWS[head_dim] if rows <= MAX_SKETCH_ROWS or not get_config(preset).key_sketch]
+    return next((rows for rows in allowed if query_rows <= rows), allowed[-1])
 
 
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
     config = get_config(preset)
     return _Launch(
-        key_bits=config.key_bits, value_bits=config.value_bits, head_dim=head_dim, rows=rows,
-        max_query_len=max_query_len,
+        key_bits=config.key_width, value_bits=config.value_width, head_dim=head_dim, key_sketch=config.key_sketch,
+        rows=rows, max_query_len=max_query_len,
     )  # fmt: skip
 
 
@@ -116,7 +119,7 @@ def attention(
     tiles_per_block = block_size // TILE_TOKENS
     with torch.cuda.device(query.device):
         stream = stream_of(query)
-        rows = _rows_of(head_dim, group * max_query_len)
+        rows = _rows_of(preset, head_dim, group * max_query_len)
         workspace = _workspace(preset, head_dim, rows, query.device, stream.value or 0)
         params = _Params(
             query=query.data_ptr(), kv_cache=kv_cache.data_ptr(), block_table=block_table.data_ptr(),

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from tq_vllm.config import SCALE_RULES, get_config
-from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT
+from tq_vllm.config import SCALE_RULES, TRELLIS, get_config
+from tq_vllm.core.codebook_tables import PAGE_LEVELS, PAGE_UNIT, TRELLIS_UNIT
+from tq_vllm.core.qjl import orthogonal_gain
 from tq_vllm.format import TILE_TOKENS, Section, TurboQuantPage
 from tq_vllm.ops.cuda_attention import attention, refuse_attention  # noqa: F401  attention is the other operation
 from tq_vllm.ops.cuda_library import BUILD, DTYPES, PATH, check, library, stream_of, why_missing
@@ -16,6 +17,7 @@ from tq_vllm.ops.select import Call
 MAX_CANDIDATES = 16  # of csrc/store_kv.h
 MAX_TABLE_ROWS = 448  # 56 KiB of shared memory
 MINIMUM_CAPABILITY = (8, 0)
+TRELLIS_HEAD_DIMS = (64, 128, 256)  # a lane of the write kernel holds a block of the trellis
 
 
 def supports(call: Call) -> str | None:
@@ -33,9 +35,11 @@ def supports(call: Call) -> str | None:
 
 def _refuse_store(call: Call) -> str | None:
     config = get_config(call.preset)
+    if config.trellis and call.head_dim not in TRELLIS_HEAD_DIMS:
+        return f"got head size {call.head_dim} with trellis codes, allowed {', '.join(map(str, TRELLIS_HEAD_DIMS))}"
     if len(config.scale_search) > MAX_CANDIDATES:
         return f"got {len(config.scale_search)} scale candidates, allowed {MAX_CANDIDATES}"
-    for bits in {config.key_bits, config.value_bits} - {8}:
+    for bits in {config.key_width, config.value_width} & PAGE_LEVELS.keys():
         rows = _level_table(bits, config.scale_search)[0]
         if rows > MAX_TABLE_ROWS:
             return f"scale candidates {config.scale_search} need {rows} table rows, allowed {MAX_TABLE_ROWS}"
@@ -53,12 +57,14 @@ class _Role(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("scale_rule", ctypes.c_int32),
         ("vector_loads", ctypes.c_int32),
-        ("plane", ctypes.c_int32 * 2),
-        ("token_bytes", ctypes.c_int32 * 2),
+        ("plane", ctypes.c_int32 * 3),
+        ("token_bytes", ctypes.c_int32 * 3),
         ("word_bytes", ctypes.c_int32),
         ("scale", ctypes.c_int32),
         ("num_candidates", ctypes.c_int32),
         ("table_rows", ctypes.c_int32),
+        ("sketch_scale", ctypes.c_int32),
+        ("sketch_gain", ctypes.c_float),
         ("magnitude_cap", ctypes.c_float),
         ("cells_per_unit", ctypes.c_float * MAX_CANDIDATES),
     ]
@@ -107,8 +113,11 @@ def _role(
     for i, section in enumerate(sections):
         role.plane[i] = section.offset
         role.token_bytes[i] = 4 * section.words if is_key else 4
-    if bits != 8:
+    if bits > TRELLIS:
+        cells = (1 / (torch.tensor(scale_search, dtype=torch.float32) * TRELLIS_UNIT[bits - TRELLIS])).tolist()
+    elif bits != 8:
         role.table_rows, role.magnitude_cap, cells = _level_table(bits, scale_search)
+    if bits != 8:
         role.num_candidates = len(cells)
         role.cells_per_unit[: len(cells)] = cells
     return role
@@ -120,9 +129,13 @@ def _template(preset: str, head_dim: int) -> tuple[TurboQuantPage, bytes]:
     config = get_config(preset)
     page = TurboQuantPage(config, head_dim)
     params = _StoreParams(head_dim=head_dim, tile_bytes=page.tile_bytes)
-    key = config.key_bits, config.key_scale_rule, page.key_sections, page.key_scale_offset
-    value = config.value_bits, config.value_scale_rule, page.value_sections, page.value_scale_offset
+    key = config.key_width, config.key_scale_rule, page.key_sections, page.key_scale_offset
+    value = config.value_width, config.value_scale_rule, page.value_sections, page.value_scale_offset
     params.role[0] = _role(*key, config.scale_search, is_key=True)
+    for section in page.sketch_sections:
+        role = params.role[0]
+        role.plane[2], role.token_bytes[2] = section.offset, 4 * section.words
+        role.sketch_scale, role.sketch_gain = page.sketch_scale_offset, orthogonal_gain(head_dim)
     params.role[1] = _role(*value, config.scale_search, is_key=False)
     return page, bytes(params)
 

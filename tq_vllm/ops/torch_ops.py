@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 
 from tq_vllm.core.cache import compute_dtype, encode_kv
+from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS
 from tq_vllm.ops.select import Call
-from tq_vllm.ops.torch_pages import get_page, read_tiles, write_tokens
+from tq_vllm.ops.torch_pages import get_page, read_sketches, read_tiles, write_tokens
 
 QUERY_TILE = 128  # query tokens of a tile, at most
 KEY_CHUNKS = (256, 1024)  # keys of a chunk: fewest and most
@@ -174,6 +175,7 @@ class _Step:
     def _add_codes(self, softmax, tiles: _Tiles, row_index, queries, rotated, chunk: int) -> None:
         """Add the positions before `from_codes`, chunk by chunk; queries and rotated [n, num_kv_heads, rows, d]."""
         page = get_page(self.preset, queries.shape[-1])
+        sketched = page_sketch(queries.shape[-1]).forward(rotated) if page.config.key_sketch else None
         position = tiles.context[:, None, None, None] + row_index  # [n, 1, rows, 1]
         ends = tiles.from_codes.tolist()
         seen_by_all = torch.minimum(tiles.from_codes, tiles.context + tiles.first + 1).tolist()
@@ -191,10 +193,14 @@ class _Step:
             blocks = blocks.long().clamp_(0, len(self.kv_cache) - 1)  # entries past a request's end hold anything
             tile = tile % block_size // TILE_TOKENS
             k, v, key_scale, value_scale = read_tiles(self.kv_cache, page, blocks, tile, queries.dtype)
+            written = (keys < end)[:, None]  # [n, 1, keys]
             if stop > ends[n - 1]:  # slots past a request's end hold anything, NaN scales included
-                written = (keys < end)[:, None]  # [n, 1, keys]
                 key_scale, value_scale = (torch.where(written, s, 0.0) for s in (key_scale, value_scale))
             scores = (rotated[:n] @ k.transpose(2, 3)).mul_(key_scale[:, :, None])
+            if sketched is not None:
+                signs, sketch_scale = read_sketches(self.kv_cache, page, blocks, tile, queries.dtype)
+                sketch_scale = torch.where(written, sketch_scale, 0.0)
+                scores += (sketched[:n] @ signs.transpose(2, 3)).mul_(sketch_scale[:, :, None])
             if self.key_offset is not None:
                 scores += self._offset_scores(queries[:n], start, stop - start)
             self._cap(scores)

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM
 from tq_vllm.config import get_config
-from tq_vllm.format import SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage, head_dims_of
 from tq_vllm.plugin.compat import BACKEND_NAME, logger
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ def check_selection(selected_backend, selector_config) -> None:
     Raises:
         UnsupportedByTurboQuantError, UnsupportedHeadDimError, UnknownPresetError.
     """
-    get_config(selector_config.kv_cache_dtype)
+    config = get_config(selector_config.kv_cache_dtype)
     warn_about_version(vllm.__version__)
     if selected_backend is not None and selected_backend.name != BACKEND_NAME:
         _refuse("Attention backend", selected_backend.name, f"{BACKEND_NAME} or none", "no --attention-backend")
@@ -52,8 +52,8 @@ def check_selection(selected_backend, selector_config) -> None:
         _refuse("Attention", "multi-head latent attention (MLA)", "multi-head, grouped or multi-query attention")
     if selector_config.attn_type != AttentionType.DECODER:
         _refuse("Attention", f"{AttentionType(selector_config.attn_type).value} attention", "decoder attention")
-    if selector_config.head_size not in SUPPORTED_HEAD_DIMS:
-        _refuse("Head size", selector_config.head_size, SUPPORTED_HEAD_DIMS)
+    if selector_config.head_size not in head_dims_of(config):
+        _refuse("Head size", selector_config.head_size, head_dims_of(config))
     if selector_config.dtype not in SUPPORTED_DTYPES:
         _refuse("Model dtype", selector_config.dtype, SUPPORTED_DTYPES, "--dtype bfloat16")
     if selector_config.block_size is not None and selector_config.block_size % TILE_TOKENS:

@@ -20,10 +20,10 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
     """
     page, config = impl.page, impl.page.config
     logger.info_once(
-        "TurboQuant KV cache %s: K%dV%d, %d bytes per token and layer (%d KV heads of %d), "
+        "TurboQuant KV cache %s: K%sV%d, %d bytes per token and layer (%d KV heads of %d), "
         "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s%s.",
         config.name,
-        config.key_bits,
+        config.key_label,
         config.value_bits,
         page.slot_bytes * impl.num_kv_heads,
         impl.num_kv_heads,
