@@ -30,8 +30,8 @@ PERPLEXITY = {
     "turboquant:k3v3": 14.42,
     "turboquant:k3v2": 14.75,
     "turboquant:k2v2": 16.11,
-    "turboquant:t3": 99.0,
-    "turboquant:t2": 99.0,
+    "turboquant:t3": 14.02,
+    "turboquant:t2": 15.08,
 }
 NOISE = 1.02
 
