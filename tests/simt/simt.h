@@ -25,7 +25,7 @@ struct alignas(8) float2 { float x, y; };
 struct uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct Dim { unsigned x; };
+struct Dim { unsigned x, y = 0; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -82,12 +82,12 @@ inline void enter() {
   swapcontext(&current->context, &scheduler);
 }
 
-// Run kernel() for every thread of `ctas` CTAs of `num_warps` warps.
-inline void launch(int ctas, int num_warps, std::function<void()> kernel) {
+// Run kernel() for every thread of `ctas` CTAs, all in row `row` of the grid, of `num_warps` warps.
+inline void launch(int ctas, int num_warps, std::function<void()> kernel, unsigned row = 0) {
   unsigned order = std::getenv("SIMT_ORDER") ? std::atoi(std::getenv("SIMT_ORDER")) : 0;
   body = kernel, grid_size = {unsigned(ctas)}, block_size = {unsigned(32 * num_warps)};
   for (unsigned b = 0; b < unsigned(ctas); b++) {
-    block = {b}, cta = {}, warps.assign(num_warps, {});
+    block = {b, row}, cta = {}, warps.assign(num_warps, {});
     for (int i = 0; i < 32 * num_warps; i++) {
       Fiber* f = new Fiber;
       f->thread = {unsigned(i)}, f->warp = i / 32, f->lane = i % 32;
