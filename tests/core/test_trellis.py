@@ -117,6 +117,21 @@ def test_scale_search_gains(bits, dim, gain):
     assert error(TRELLIS_SCALE_SEARCH) < (1 - gain) * error((1.0,))
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_scale_of_the_closest_open_paths_is_taken(bits):
+    """A lone candidate is the scale; of several, the codes are those of the one with the least distance."""
+    u, levels, scales = gaussian(200, 64, seed=bits), trellis_centroids(bits), (1.0, 0.5, 0.85)
+    alone = {s: trellis.search_codes(u, bits, (s,))[0] for s in scales}
+    assert torch.equal(alone[0.5], trellis.search_codes(u / 0.5, bits, (1.0,))[0])
+    order = trellis.block_order(64)
+    y = torch.stack([u / s for s in scales])[..., order]  # [scales, 200, blocks, 32]
+    distances = trellis.open_distances(y.flatten(0, 2).t().contiguous(), levels).view(3, 200, 2).sum(-1)
+    chosen = (distances * torch.tensor(scales)[:, None] ** 2).argmin(0)
+    expected = torch.stack(list(alone.values()))[chosen, torch.arange(200)]
+    assert len(chosen.unique()) > 1
+    assert torch.equal(trellis.search_codes(u, bits, scales)[0], expected)
+
+
 def test_codes_are_pinned():
     """A change here changes what every stored cache means."""
     y = torch.arange(64).float().sub(11.3).mul(0.37)

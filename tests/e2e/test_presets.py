@@ -31,6 +31,8 @@ PERPLEXITY = {
     "turboquant:k3v2": 14.75,
     "turboquant:k2v2": 16.11,
     "turboquant:prod": 13.99,
+    "turboquant:t3": 14.02,
+    "turboquant:t2": 15.08,
 }
 NOISE = 1.02
 

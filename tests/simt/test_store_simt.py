@@ -15,7 +15,7 @@ from tests.ops.batches import Batch
 from tests.ops.test_store import read_slot
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TurboQuantPage
-from tq_vllm.ops import cuda_ops
+from tq_vllm.ops import cuda_ops, torch_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -79,9 +79,32 @@ def test_prod_at_every_head_size(on_cpu, head_dim):
         check(preset="turboquant:prod", head_dim=head_dim, dtype=dtype, with_offset=True)
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("turboquant:k4v4", "turboquant:prod")])
+@pytest.mark.parametrize(
+    "preset", [p for p, c in PRESETS.items() if not c.trellis and p not in ("turboquant:k4v4", "turboquant:prod")]
+)
 def test_presets(preset):
     check(preset=preset, head_dim=128)
+
+
+@pytest.mark.parametrize("head_dim", cuda_ops.TRELLIS_HEAD_DIMS)
+@pytest.mark.parametrize("preset", ["turboquant:t3", "turboquant:t2"])
+@pytest.mark.parametrize("dtype, with_offset", [(torch.float32, False), (torch.bfloat16, True)], ids=["f32", "bf16"])
+def test_bytes_of_trellis_codes(preset, head_dim, dtype, with_offset):
+    """All alike, but for a scale at a near-tie of float16 or a block at one of paths."""
+    fields = {"seq_lens": (37,), "query_lens": (1,), "with_offset": with_offset}
+    batch = Batch(preset=preset, head_dim=head_dim, dtype=dtype, **fields)
+    key, value, positions = batch.keys[0], batch.values[0], torch.arange(37)
+    key[5], value[6] = 0.0, torch.nan
+    slots = batch.slots(0, positions)
+    slots[::9] = -1
+    offset = batch.key_offset if with_offset else None
+    caches = [batch.kv_cache.clone(), batch.kv_cache.clone()]
+    for ops, kv_cache in zip((cuda_ops, torch_ops), caches, strict=True):
+        ops.store_kv(key, value, kv_cache, slots, positions, offset, preset)
+    found, expected = (x.view(torch.uint8) for x in caches)
+    written = (expected != batch.kv_cache).sum()
+    assert written > 30 * batch.num_kv_heads * head_dim // 4
+    assert (found != expected).sum() <= 0.005 * written
 
 
 @pytest.mark.parametrize("preset", ["turboquant", "turboquant:prod"])

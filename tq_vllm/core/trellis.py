@@ -99,7 +99,7 @@ def _closed_path(branches: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         old, young = (metric.view(2, 4, 1, n) + step).unbind()
         path_old, path_young = path.view(2, 4, 1, n).unbind()
         path = torch.where(young < old, path_young, path_old)  # [4, 2, n]
-        path[:, 1] |= (1 << p) - (1 << 32 if p == 31 else 0)
+        path[:, 1] |= (1 << p) - (1 << 32 if p == 31 else 0)  # bit p, as an int32
         metric = torch.minimum(old, young)
     return path.view(STATES, n).gather(0, state[None])[0]
 
@@ -114,7 +114,7 @@ def closest_paths(y: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
     The state at the seam is the one with the least sum of the distances of open paths into it and out of it, and the
     path the closest one that starts and ends there (Viterbi). On N(0, 1) that costs .4 % of squared error over the
-    best of all closed paths. Of equals the first wins: state 0, and a last coded bit (the oldest of a state) of 0.
+    best of all closed paths. Of equals (states: to within TIE) the first wins, and the path whose oldest bit is 0.
     """
     branches = _branches(_distances(y, levels))
     distances = _forward(branches) + _backward(branches)  # equal for two states in one block of a thousand
@@ -147,7 +147,7 @@ def search_codes(u: torch.Tensor, bits: int, scale_search: tuple[float, ...]) ->
     n, dim = u.shape
     levels = trellis_centroids(bits).to(u.device)
     blocks = _to_blocks(u)
-    best = torch.ones(n, device=u.device)
+    best = torch.full((n,), scale_search[0], dtype=torch.float32, device=u.device)
     if len(scale_search) > 1:
         scales = torch.tensor(scale_search, dtype=torch.float32, device=u.device)[:, None]  # [candidates, 1]
         y = (blocks[:, None] / scales).flatten(1)
