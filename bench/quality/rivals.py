@@ -135,7 +135,8 @@ def paper_bytes(key_bits: int, value_bits: int, qjl: bool, head_dim: int) -> flo
 
 
 def presets(offsets: list[torch.Tensor], scales: list[torch.Tensor] | None) -> list[Rival]:
-    """The default preset and K3V2, for a model with these key offsets and, if any, key scales of the layers."""
+    """The default preset, the paper's prod variant and K3V2, for a model with these key offsets and, if any, key scales
+    of the layers."""
     scales = scales if scales is not None else [None] * len(offsets)
 
     def rival(name: str, config: TurboQuantConfig) -> Rival:
@@ -145,7 +146,8 @@ def presets(offsets: list[torch.Tensor], scales: list[torch.Tensor] | None) -> l
             lambda d, _: TurboQuantPage(config, d).slot_bytes,
         )
 
-    return [rival("turboquant", get_config("turboquant")), rival("turboquant K3V2", TurboQuantConfig("", 3, 2))]
+    named = [rival(name, get_config(name)) for name in ("turboquant", "turboquant:prod")]
+    return [*named, rival("turboquant K3V2", TurboQuantConfig("", 3, 2))]
 
 
 def _token_rival(name: str, make: Callable[[int], RoundTrip], token_bytes: Callable[[int], float]) -> Rival:
