@@ -20,7 +20,7 @@ template <int D, tq::Spread SPREAD> void run(const tq::StoreParams& params, int 
 template <int D> void choose(const tq::StoreParams& params, int ctas, bool wide) {
   using namespace tq;
   constexpr bool HAS_WIDE = VectorShape<D, WIDE>::LANES > VectorShape<D, NARROW>::LANES;
-  if (params.key_bits > TRELLIS) {
+  if (params.role[0].bits > TRELLIS) {
     if constexpr (D == 64 || D == 128 || D == 256) run<D, BLOCKS>(params, ctas);
   } else if (wide && HAS_WIDE) {
     run<D, HAS_WIDE ? WIDE : NARROW>(params, ctas);
