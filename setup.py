@@ -10,7 +10,15 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)  # a source *_instance.cu is compiled once for each, -DTQ_HEAD_DIM=
+# Sources that are compiled once for each value of macros: head sizes; for attention also query rows of a block.
+INSTANCES = {
+    "store_kv_instance": [{"TQ_HEAD_DIM": d} for d in (64, 80, 96, 112, 128, 192, 256)],
+    "decode_instance": [
+        {"TQ_HEAD_DIM": d, "TQ_ROWS": rows}
+        for d, of_block in ((64, (4, 8, 16, 32)), (128, (4, 8, 16, 32)), (256, (4, 16)))
+        for rows in of_block
+    ],
+}
 ARCHITECTURES = os.environ.get("TQ_CUDA_ARCHS", "80 90 100 120").split()
 
 
@@ -55,10 +63,9 @@ class BuildCuda(build_ext):
         jobs = []
         for source in sorted(ext.sources):
             name = Path(source).stem
-            if name.endswith("_instance"):
-                jobs += [(source, f"{name}_{d}", [f"-DTQ_HEAD_DIM={d}"]) for d in HEAD_DIMS]
-            else:
-                jobs.append((source, name, []))
+            for macros in INSTANCES.get(name, [{}]):
+                label = "_".join([name, *map(str, macros.values())])
+                jobs.append((source, label, [f"-D{macro}={value}" for macro, value in macros.items()]))
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             compiled = list(pool.map(compile_one, jobs))
         library = Path(self.get_ext_fullpath(ext.name))

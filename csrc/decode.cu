@@ -1,13 +1,15 @@
-// Launch of attention to codes; the kernels of each head size are compiled on their own (decode_instance.cu).
+// Launch of attention to codes; the kernels of each head size and block of query rows are compiled on their own
+// (decode_instance.cu).
 #include <cuda_runtime.h>
 
 #include "decode.h"
 
 namespace tq {
 
-#define TQ_HEAD_DIMS(X) X(64) X(128) X(256)
-#define TQ_DECLARE(D) int launch_decode_##D(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream);
-TQ_HEAD_DIMS(TQ_DECLARE)
+// Head size, query rows: what fits the registers. setup.py has the same list.
+#define TQ_BLOCKS(X) X(64, 4) X(64, 8) X(64, 16) X(64, 32) X(128, 4) X(128, 8) X(128, 16) X(128, 32) X(256, 4) X(256, 16)
+#define TQ_DECLARE(D, R) int launch_decode_##D##_##R(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream);
+TQ_BLOCKS(TQ_DECLARE)
 
 }  // namespace tq
 
@@ -20,10 +22,9 @@ extern "C" int tq_attention(const tq::DecodeParams* params, tq::DecodeLaunch* la
   if (const cudaError_t error = cudaDeviceGetAttribute(&launch->num_ctas, cudaDevAttrMultiProcessorCount, device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&launch->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
     return error;
-  switch (launch->head_dim) {
-#define TQ_CASE(D) case D: return launch_decode_##D(params, *launch, stream);
-    TQ_HEAD_DIMS(TQ_CASE)
-  }
+#define TQ_CASE(D, R) \
+  if (launch->head_dim == D && launch->rows == R) return launch_decode_##D##_##R(params, *launch, stream);
+  TQ_BLOCKS(TQ_CASE)
   return cudaErrorInvalidValue;
 }
 

@@ -1,12 +1,11 @@
-// Attention to codes for one head size, -DTQ_HEAD_DIM=128; nothing for those that are not powers of two.
-#if TQ_HEAD_DIM == 64 || TQ_HEAD_DIM == 128 || TQ_HEAD_DIM == 256
+// Attention to codes for one head size and block of query rows: -DTQ_HEAD_DIM=128 -DTQ_ROWS=4.
 #include <algorithm>
 
 #include "decode.cuh"
 #include "merge.cuh"
 
-#define TQ_JOIN(a, b) a##b
-#define TQ_NAME(d) TQ_JOIN(launch_decode_, d)
+#define TQ_JOIN(d, r) launch_decode_##d##_##r
+#define TQ_NAME(d, r) TQ_JOIN(d, r)
 
 namespace tq {
 
@@ -29,30 +28,20 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * warps, merge);
 }
 
-// Eight rows of 256 do not fit the registers, nor do 32. Blocks of 16 and 32 rows know no key sketches.
-template <int K, int V, bool SKETCH> int launch_rows(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-  constexpr int D = TQ_HEAD_DIM;
-  if (launch.rows == 4) return launch_shape<Shape<K, V, D, 4, SKETCH>>(params, launch, stream);
-  if constexpr (D < 256) {
-    if (launch.rows == 8) return launch_shape<Shape<K, V, D, 8, SKETCH>>(params, launch, stream);
-    if constexpr (!SKETCH)
-      if (launch.rows == 32) return launch_shape<Shape<K, V, D, 32>>(params, launch, stream);
-  }
-  if constexpr (!SKETCH)
-    if (launch.rows == 16) return launch_shape<Shape<K, V, D, 16>>(params, launch, stream);
-  return cudaErrorInvalidValue;
-}
-
-int TQ_NAME(TQ_HEAD_DIM)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-// Widths of keys and values, key sketch.
+int TQ_NAME(TQ_HEAD_DIM, TQ_ROWS)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
+// Widths of keys and values, key sketch. Blocks of 16 and 32 rows know no key sketches.
+#ifdef TQ_DEFAULT_PRESET  // all that tests compile
+#define TQ_PRESETS(X) X(4, 4, 0)
+#else
 #define TQ_PRESETS(X)                                                                                                        \
   X(8, 8, 0) X(8, 4, 0) X(5, 4, 0) X(4, 4, 0) X(4, 3, 0) X(3, 3, 0) X(3, 2, 0) X(2, 2, 0) X(19, 19, 0) X(18, 18, 0) X(3, 4, 1)
+#endif
 #define TQ_TRY(K, V, SKETCH)                                                                                                 \
-  if (launch.key_bits == K && launch.value_bits == V && launch.key_sketch == SKETCH)                                         \
-    return launch_rows<K, V, SKETCH>(params, launch, stream);
+  if constexpr (TQ_ROWS < 16 || !SKETCH)                                                                                     \
+    if (launch.key_bits == K && launch.value_bits == V && launch.key_sketch == SKETCH)                                       \
+      return launch_shape<Shape<K, V, TQ_HEAD_DIM, TQ_ROWS, SKETCH>>(params, launch, stream);
   TQ_PRESETS(TQ_TRY)
   return cudaErrorInvalidValue;
 }
 
 }  // namespace tq
-#endif
