@@ -418,8 +418,8 @@ __device__ __forceinline__ float encode_trellis(
 }
 
 // Grid [ctas, 2 roles]; dynamic shared memory: table_rows * TABLE_ROW_BYTES of the larger role; for trellis codes, which are
-// those of SPREAD = BLOCKS and of both roles, TRELLIS_SHARED_BYTES.
-template <int HEAD_DIM, Spread SPREAD>
+// those of SPREAD = BLOCKS and of both roles, TRELLIS_SHARED_BYTES. SKETCH: codes of 3 bits, which are keys then, have one.
+template <int HEAD_DIM, Spread SPREAD, bool SKETCH = false>
 __global__ void __launch_bounds__(STORE_THREADS, SPREAD == BLOCKS ? TRELLIS_CTAS : store_ctas(HEAD_DIM))
     store_kv_kernel(const __grid_constant__ StoreParams params) {
   using Shape = VectorShape<HEAD_DIM, SPREAD>;
@@ -506,10 +506,7 @@ __global__ void __launch_bounds__(STORE_THREADS, SPREAD == BLOCKS ? TRELLIS_CTAS
     }
     switch (role.bits) {
       case 2: scale = encode_levels<Shape, 2>(x, length, role, table_base, to, q); break;
-      case 3:
-        scale = role.sketch_gain > 0.f ? encode_levels<Shape, 3, true>(x, length, role, table_base, to, q)
-                                       : encode_levels<Shape, 3>(x, length, role, table_base, to, q);
-        break;
+      case 3: scale = encode_levels<Shape, 3, SKETCH>(x, length, role, table_base, to, q); break;
       case 4: scale = encode_levels<Shape, 4>(x, length, role, table_base, to, q); break;
       case 5: scale = encode_levels<Shape, 5>(x, length, role, table_base, to, q); break;
       case 8: scale = encode_bytes<Shape>(x, length, role, to, q); break;

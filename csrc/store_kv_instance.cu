@@ -33,8 +33,11 @@ int TQ_NAME(TQ_HEAD_DIM)(const StoreParams& params, int multiprocessors, int sha
   // Spread a vector over more lanes as long as all vectors are under way at once. Beyond that as many warps as fit and no
   // more, each taking several items.
   constexpr bool HAS_WIDE = Wide::LANES > Narrow::LANES;
-  const bool wide = HAS_WIDE && 2 * items(Wide::VECTORS) <= multiprocessors * WARPS * CTAS;
-  const auto kernel = wide ? store_kv_kernel<TQ_HEAD_DIM, HAS_WIDE ? WIDE : NARROW> : store_kv_kernel<TQ_HEAD_DIM, NARROW>;
+  const bool sketch = params.role[0].sketch_gain > 0;  // rare, and would cost the others registers
+  const bool wide = HAS_WIDE && !sketch && 2 * items(Wide::VECTORS) <= multiprocessors * WARPS * CTAS;
+  const auto kernel = sketch ? store_kv_kernel<TQ_HEAD_DIM, NARROW, true>
+                      : wide ? store_kv_kernel<TQ_HEAD_DIM, HAS_WIDE ? WIDE : NARROW>
+                             : store_kv_kernel<TQ_HEAD_DIM, NARROW>;
   const int ctas = ctas_of(wide ? Wide::VECTORS : Narrow::VECTORS, CTAS);
   if (shared_bytes > 48 * 1024) {  // a default limit; raising it again costs nothing
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

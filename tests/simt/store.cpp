@@ -11,9 +11,9 @@ inline uint64_t __cvta_generic_to_shared(const void* at) {
 
 #include "store_kv.cuh"
 
-template <int D, tq::Spread SPREAD> void run(const tq::StoreParams& params, int ctas) {
+template <int D, tq::Spread SPREAD, bool SKETCH = false> void run(const tq::StoreParams& params, int ctas) {
   for (unsigned role = 0; role < 2; role++)
-    simt::launch(ctas, tq::STORE_THREADS / 32, [&] { tq::store_kv_kernel<D, SPREAD>(params); }, role);
+    simt::launch(ctas, tq::STORE_THREADS / 32, [&] { tq::store_kv_kernel<D, SPREAD, SKETCH>(params); }, role);
 }
 
 // As launch_store_kv (csrc/store_kv_instance.cu) chooses, but for `wide`.
@@ -22,6 +22,8 @@ template <int D> void choose(const tq::StoreParams& params, int ctas, bool wide)
   constexpr bool HAS_WIDE = VectorShape<D, WIDE>::LANES > VectorShape<D, NARROW>::LANES;
   if (params.role[0].bits > TRELLIS) {
     if constexpr (D == 64 || D == 128 || D == 256) run<D, BLOCKS>(params, ctas);
+  } else if (params.role[0].sketch_gain > 0) {
+    run<D, NARROW, true>(params, ctas);
   } else if (wide && HAS_WIDE) {
     run<D, HAS_WIDE ? WIDE : NARROW>(params, ctas);
   } else {

@@ -74,9 +74,13 @@ def check(allowed=2e-3, spoil=None, **fields):
 
 
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-def test_prod_at_every_head_size(on_cpu, head_dim):
-    for on_cpu.wide, dtype in ((0, torch.float32), (1, torch.bfloat16)):
-        check(preset="turboquant:prod", head_dim=head_dim, dtype=dtype, with_offset=True)
+def test_every_head_size(on_cpu, head_dim):
+    """On many and, `wide`, few tokens; key sketches have one kernel for both."""
+    for preset, on_cpu.wide, dtype in (
+        ("turboquant:prod", 0, torch.float32), ("turboquant:prod", 0, torch.bfloat16),
+        ("turboquant:k3v3", 0, torch.float32), ("turboquant:k5v4", 1, torch.bfloat16),
+    ):  # fmt: skip
+        check(preset=preset, head_dim=head_dim, dtype=dtype, with_offset=True)
 
 
 @pytest.mark.parametrize(
