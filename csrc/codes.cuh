@@ -135,6 +135,8 @@ template <int BITS, int D> struct KeyCodes {
   static __device__ __forceinline__ int group_of(int q, int step) {
     return step / CHUNK * 4 * CHUNK + q * CHUNK + step % CHUNK;
   }
+  static __device__ __forceinline__ int lane_of(int group) { return group % (4 * CHUNK) / CHUNK; }  // the q of group_of
+  static __device__ __forceinline__ int step_of(int group) { return group / (4 * CHUNK) * CHUNK + group % CHUNK; }
 
   uint32_t a[BITS == 8 ? 2 * CHUNK : CHUNK], b[CHUNK];
 
@@ -236,6 +238,10 @@ template <int BITS, int D> struct TrellisKeyCodes {
 
   static __device__ __forceinline__ int group_of(int q, int step) {
     return D == 64 ? (q & 1) + BLOCKS * ((q >> 1) + 2 * step) : step / 4 * 4 + q + BLOCKS * (step % 4);
+  }
+  static __device__ __forceinline__ int lane_of(int group) { return group % 4; }
+  static __device__ __forceinline__ int step_of(int group) {
+    return D == 64 ? group / 4 : group % BLOCKS / 4 * 4 + group / BLOCKS;
   }
 
   uint32_t nibbles[CHUNK];

@@ -59,9 +59,8 @@ template <class S> struct WideRowBlock : RowBlock<S> {
           uint32_t high[2] = {}, low[2] = {};
 #pragma unroll
           for (int n = 0; n < 8; n++) Base::quantize(x[i][n >> 2][n & 3], inverse, total, high[n >> 2], low[n >> 2]);
-          const int group = 8 * i + g, in_chunk = group % (4 * Key::CHUNK);
-          const int s = group / (4 * Key::CHUNK) * Key::CHUNK + in_chunk % Key::CHUNK;
-          uint2* operand = reinterpret_cast<uint2*>(bytes) + (s * RT + first + t) * 32 + 8 * q + in_chunk / Key::CHUNK;
+          const int s = Key::step_of(8 * i + g);
+          uint2* operand = reinterpret_cast<uint2*>(bytes) + (s * RT + first + t) * 32 + 8 * q + Key::lane_of(8 * i + g);
           operand[0] = make_uint2(high[0], high[1]);
           operand[4] = make_uint2(low[0], low[1]);
         }

@@ -122,12 +122,13 @@ def test_many_rows(preset):
     check(preset=preset, head_dim=128, group=4, num_kv_heads=1, seq_lens=(12, 70, 150), query_lens=(8, 3, 5))
 
 
+@pytest.mark.parametrize("preset", ["turboquant", "turboquant:t3"])
 @pytest.mark.parametrize(
     "head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 4, (16, 1, 9)))
 )
-def test_many_rows_of_other_shapes(head_dim, group, query_lens):
+def test_many_rows_of_other_shapes(preset, head_dim, group, query_lens):
     """Blocks that are not full, and several of a request."""
-    check(head_dim=head_dim, group=group, num_kv_heads=1, seq_lens=(40, 90, 170), query_lens=query_lens)
+    check(preset=preset, head_dim=head_dim, group=group, num_kv_heads=1, seq_lens=(40, 90, 170), query_lens=query_lens)
 
 
 def test_many_rows_with_options():
