@@ -76,18 +76,12 @@ CASES = {
     "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "T3 decode": {"preset": "turboquant:t3", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4},
-    "T2 prefill": {"preset": "turboquant:t2", "query_lens": (40, 40), "head_dim": 64},
     "T3 f32 prefill": {"preset": "turboquant:t3", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
     "prod decode": {
         "preset": "turboquant:prod", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4,
         "block_size": 64,
     },
-    "prod verify, everything": {
-        "preset": "turboquant:prod", "fresh": False, "query_lens": (4, 4), "head_dim": 256, "group": 8,
-        "with_sinks": True, "with_offset": True, "sliding_window": 40, "logits_soft_cap": 5.0,
-    },
     "prod prefill": {"preset": "turboquant:prod", "query_lens": (40, 40), "head_dim": 128, "group": 16},
-    "prod prefill, d256": {"preset": "turboquant:prod", "query_lens": (40, 40), "head_dim": 256, "with_offset": True},
     "K8V8 f32 prefill": {"preset": "turboquant:k8v8", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
 }  # fmt: skip
 FLASH_CASES = {  # a buffer of 64 tokens: several passes
@@ -95,9 +89,7 @@ FLASH_CASES = {  # a buffer of 64 tokens: several passes
     "K5V4 d256 offset": {"preset": "turboquant:k5v4", "head_dim": 256, "with_offset": True},
     "K3V3 d96": {"preset": "turboquant:k3v3", "head_dim": 96, "group": 1},
     "T3": {"preset": "turboquant:t3", "head_dim": 128},
-    "T2 f16 d256": {"preset": "turboquant:t2", "head_dim": 256, "dtype": torch.float16},
     "prod d256 offset": {"preset": "turboquant:prod", "head_dim": 256, "with_offset": True},
-    "prod d96": {"preset": "turboquant:prod", "head_dim": 96},
     "K8V8 f16": {"preset": "turboquant:k8v8", "head_dim": 64, "dtype": torch.float16},
 }
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
