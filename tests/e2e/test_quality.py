@@ -21,7 +21,6 @@ BOUNDS = {
     "turboquant:k5v4": 0.0040,
     "turboquant": 0.0121,
     "turboquant:k3v3": 0.052,
-    "turboquant:k3v2": 0.078,
     "turboquant:k2v2": 0.219,
 }
 BYTES_PER_TOKEN = {"auto": 46_080, "turboquant:k8v8": 11_880, "turboquant": 6_120, "turboquant:k2v2": 3_240}  # README

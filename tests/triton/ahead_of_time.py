@@ -76,7 +76,6 @@ CASES = {
     "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "T3 decode": {"preset": "turboquant:t3", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4},
-    "T3 f32 prefill": {"preset": "turboquant:t3", "query_lens": (40, 40), "head_dim": 128, "dtype": torch.float32},
     "prod decode": {
         "preset": "turboquant:prod", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4,
         "block_size": 64,
