@@ -247,6 +247,7 @@ def dequantize(
     offset = keys if key_offset is None else key_offset
     codes, sketch = key_codes(page, lookup), page.config.key_sketch
     signs = sign_matrix(head_dim, 8 * W, keys.device)
+    # Keys with sketches keep two f32 tiles: at the largest heads too many registers for 4 warps.
     dequantize_kernel[(triton.cdiv(context_tokens, BN) + num_reqs, num_kv_heads)](
         kv_cache, block_table, seq_lens, query_start_loc, starts, offset, signs,
         sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values,
@@ -254,7 +255,7 @@ def dequantize(
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), offset.stride(0), offset.stride(1),
         codes, value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
         padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide,
-        sketch_codes(page, lookup) if sketch else codes, sketch, num_warps=4,
+        sketch_codes(page, lookup) if sketch else codes, sketch, num_warps=8 if sketch and W > 16 else 4,
     )  # fmt: skip
 
 
