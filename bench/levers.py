@@ -1,8 +1,9 @@
 """What could make a preset better: KL divergence with one thing changed at a time, without vLLM.
 
-    python bench/levers.py [MODEL]    # default: the embedded model; bench/quality/second_model.py prints another one
+    python bench/levers.py [MODEL [TOKENS]]    # default, or "": the embedded model (bench/quality/second_model.py
+                                               # prints another one) on 512 tokens
 
-transformers runs the model in float32 over 512 tokens of documentation in steps of 32; keys and values of earlier steps
+transformers runs the model in float32 over tokens of documentation in steps of 32; keys and values of earlier steps
 come out of tq_vllm.core, keys centred as the plugin does it. Rows "by the text" are bounds: no cache knows its text
 beforehand.
 """
@@ -26,6 +27,7 @@ from tq_vllm.format import SEGMENT_TOKENS
 from tq_vllm.plugin.key_mean import PASS_TOKENS, pass_token_ids
 
 STEP, TOKENS = 32, 512
+LONG_TEXT_STARTS = 20_000  # token of all topics, in order of their names
 
 
 class Layer(DynamicLayer):
@@ -165,14 +167,19 @@ def _square_root(matrix: torch.Tensor) -> torch.Tensor:
 class Setting:
     """A model, what the plugin does to its keys, and a text: what all rows have in common."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, num_tokens: int = TOKENS):
         self.model, tokenizer = Model(path), AutoTokenizer.from_pretrained(path)
-        ids = tokenizer(pydoc_data.topics.topics["debugger"], add_special_tokens=False)["input_ids"]
+        topics = pydoc_data.topics.topics
+        text = topics["debugger"]
+        if num_tokens > TOKENS:
+            text = "\n\n".join(topics[name] for name in sorted(topics))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = ids[LONG_TEXT_STARTS if num_tokens > TOKENS else 0 :]
         start = [tokenizer.bos_token_id] if "gemma" in self.model.config.model_type else []
-        self.text = torch.tensor((start + ids)[:TOKENS])
+        self.text = torch.tensor((start + ids)[:num_tokens])
         self.pass_ids = pass_token_ids(self.model.config.vocab_size, PASS_TOKENS)
         self.pass_queries, self.pass_keys = self.model.queries_and_keys(self.pass_ids)
-        self.offset = self.model.offsets(self.pass_keys)
+        self.offset = self.model.offsets(self.pass_keys, num_tokens)
         self.none = [None] * len(self.offset)
         self.by_norms = self.model.scales_by_norms()
         self.basis = self.none if self.by_norms is None else self.by_norms
@@ -188,10 +195,11 @@ class Setting:
 @torch.inference_mode()
 def main() -> None:
     """Print a row a lever: mean KL and its 99th percentile, nats."""
-    setting = Setting(sys.argv[1] if len(sys.argv) > 1 else str(demo_model()))
+    path, num_tokens, *_ = [*sys.argv[1:], None, None]
+    setting = Setting(path or str(demo_model()), int(num_tokens or TOKENS))
     offset, basis, none = setting.offset, setting.basis, setting.none
     q, k = setting.model.queries_and_keys(setting.text)
-    k = k - torch.stack([offset_at(x, torch.arange(TOKENS)) for x in offset])
+    k = k - torch.stack([offset_at(x, torch.arange(len(setting.text))) for x in offset])
     preset = get_config("turboquant")
     rows = {
         "turboquant (K4V4)": (preset, offset, basis, {}),
@@ -206,6 +214,8 @@ def main() -> None:
         "first 64 tokens raw": (preset, offset, basis, {"first": 64}),
         "newest 32 tokens raw": (preset, offset, basis, {"recent": 32}),
         "newest 128 tokens raw": (preset, offset, basis, {"recent": 128}),
+        "K3V3": (get_config("turboquant:k3v3"), offset, basis, {}),
+        "K3V3, newest 128 tokens raw": (get_config("turboquant:k3v3"), offset, basis, {"recent": 128}),
     }
     for name, (config, offsets, bases, raw) in rows.items():
         if name == "key channels not scaled" and setting.by_norms is None:

@@ -36,6 +36,7 @@ class TurboQuantConfig:
         trellis: codes are trellis-coded, keys and values alike.
         key_offset: subtract what a layer's keys have in common, rotated by RoPE: the bias of the key projection where
             the checkpoint has one, and else the mean of a fixed pass.
+        recent_tokens: the newest tokens of a sequence, so many, are also kept in RECENT_PRESET and read from there.
         key_sketch: keys also have one sign a coordinate of a sketch of what their codes miss, and its norm: the prod
             variant of the paper (TurboQuant Alg. 2), of key_bits + 1 bits. Scores become unbiased, and noisier.
     """
@@ -49,6 +50,7 @@ class TurboQuantConfig:
     trellis: bool = False
     key_offset: bool = True
     key_sketch: bool = False
+    recent_tokens: int = 0
 
     def __post_init__(self) -> None:
         for what, got, allowed in (
@@ -81,6 +83,9 @@ class TurboQuantConfig:
         return f"{self.key_bits}+1" if self.key_sketch else str(self.key_bits)
 
 
+RECENT_PRESET = "turboquant:k8v8"  # what the newest tokens are kept in, where a preset has recent_tokens
+
+
 def _preset(suffix: str, key_bits: int, value_bits: int, **options) -> TurboQuantConfig:
     return TurboQuantConfig(f"turboquant{suffix}", key_bits, value_bits, **options)
 
@@ -104,6 +109,8 @@ PRESETS: dict[str, TurboQuantConfig] = {
         _trellis_preset(":t3", 3),
         _trellis_preset(":t2", 2),
         _preset(":prod", 3, 4, key_sketch=True),
+        _preset(":k4v4-r128", 4, 4, recent_tokens=128),
+        _preset(":k3v3-r128", 3, 3, recent_tokens=128),
     )
 }
 

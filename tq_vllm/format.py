@@ -62,7 +62,7 @@ from functools import cached_property
 
 import torch
 
-from tq_vllm.config import TRELLIS, TurboQuantConfig
+from tq_vllm.config import PRESETS, RECENT_PRESET, TRELLIS, TurboQuantConfig
 
 TILE_TOKENS = 16
 SEGMENT_TOKENS = 64  # a key offset is constant over this many absolute positions
@@ -187,6 +187,13 @@ class TurboQuantPage:
     def value_word_offset(self, section: Section, token: int, word: int) -> int:
         """Byte offset in the tile record of a value word of `token` (0..15)."""
         return section.offset + 4 * (word * TILE_TOKENS + value_token_order(token))
+
+
+def recent_block_size(page: TurboQuantPage, block_size: int) -> int:
+    """Tokens of RECENT_PRESET, a multiple of 16, that fit into the bytes of a block of `page`: vLLM's blocks all have
+    the size of the largest. 0 where none does."""
+    tile_bytes = TurboQuantPage(PRESETS[RECENT_PRESET], page.head_dim).tile_bytes
+    return block_size * page.slot_bytes // tile_bytes * TILE_TOKENS
 
 
 def _fields(codes: torch.Tensor, width: int) -> list[torch.Tensor]:

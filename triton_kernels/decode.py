@@ -140,7 +140,10 @@ def decode_kernel(
                              BLOCK_SIZE, TILE_BYTES, BN, BN // 2)  # fmt: skip
         key_scale = load_scales(words, pairs, KEYS, BN)
         value_scale = load_scales(words, pairs, VALUES, BN)
-        value_scale = tl.where(start + in_tile < seq_len, value_scale, 0.0)
+        real = start + in_tile < seq_len  # others hold anything, NaN included
+        if WINDOW:
+            real = real & (start + in_tile > seq_len - query_len - window)
+        value_scale = tl.where(real, value_scale, 0.0)
         if LOOKUP_KEYS:
             k0, k1, k2, k3, k4, k5, k6, k7 = lookup(words, record, in_record, KEYS, W, True)
             scores = dot(q0, k0, tl.zeros([BM, BN], tl.float32))

@@ -23,8 +23,11 @@ from tq_vllm.triton_kernels.dot import INTERPRETED, dot
 from tq_vllm.triton_kernels.rotation import sign_matrix, sketch_matrix, unrotate
 
 BN = SEGMENT_TOKENS  # tokens of a program: the key offset is one vector over it
+EVERYTHING = 2**31 - 1  # no prefix is longer
 # Arguments that change from step to step: a kernel is compiled once, while the engine warms up.
-CHANGING = ("num_reqs", "num_passes", "slice_tokens", "slice_start", "slice_end", "num_segments", "stride_table")
+CHANGING = (
+    "num_reqs", "num_passes", "slice_tokens", "slice_start", "slice_end", "num_segments", "stride_table", "newest",
+)  # fmt: skip
 UNALIGNED = ("block_table", "seq_lens", "query_start_loc", "starts", "bounds")  # parts of larger tensors
 
 
@@ -106,7 +109,7 @@ def dequantize_kernel(
     signs,  # bf16 [D, D]
     sketch,  # bf16 [D, D] from sketch_matrix, read for SKETCH
     keys, values,  # [workspace tokens, num_kv_heads, HEAD_DIM]
-    num_reqs, slice_start, slice_end, num_segments, window,
+    num_reqs, slice_start, slice_end, num_segments, window, newest,
     stride_block, stride_head,  # of the cache, in 16 bytes
     stride_table, stride_segment, stride_offset_head,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_BYTES: tl.constexpr,
@@ -114,7 +117,8 @@ def dequantize_kernel(
     OFFSET: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
     SKETCHES: tl.constexpr, SKETCH: tl.constexpr,  # codes of the key sketches, and whether there are any
 ):  # fmt: skip
-    """One program a (tile of BN tokens of a prefix, KV head); writes tokens slice_start .. slice_end of the line."""
+    """One program a (tile of BN tokens of a prefix, KV head); writes tokens slice_start .. slice_end of the line, of
+    each prefix the newest `newest` alone."""
     head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     first, context_len, _ = prefixes(seq_lens, query_start_loc, num_reqs, window, REQS, BN, WINDOW)
@@ -128,7 +132,8 @@ def dequantize_kernel(
     length = tl.sum(tl.where(mine, context_len, 0), 0)
     first = tl.sum(tl.where(mine, first, 0), 0)
     line = tl.load(starts + request) + tile * BN  # of the tile's first token
-    if (line >= slice_end) | (line + BN <= slice_start):
+    oldest = length - newest  # counted from `first`, as the tile's tokens are
+    if (line >= slice_end) | (line + BN <= slice_start) | (tile * BN + BN <= oldest):
         return
 
     D: tl.constexpr = 8 * W
@@ -143,6 +148,7 @@ def dequantize_kernel(
     pairs = tile_records(block_row, start, end, head, stride_block, stride_head, BLOCK_SIZE, TILE_BYTES, BN, BN // 2)
     target = line + in_tile
     written = (start + in_tile < end) & (target >= slice_start) & (target < slice_end)
+    written = written & (tile * BN + in_tile >= oldest)
     at = ((target - slice_start).to(tl.int64) * num_kv_heads + head)[:, None] * HEAD_DIM + d[None, :]
     mask = written[:, None] & (d < HEAD_DIM)[None, :]
 
@@ -158,11 +164,16 @@ def dequantize_kernel(
         segment = tl.minimum(start // BN, num_segments - 1).to(tl.int64)
         offset = key_offset + segment * stride_segment + head * stride_offset_head + d
         k += tl.load(offset, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    if WINDOW:  # what it has left behind may hold anything, NaN included
+        held = (start + in_tile > end - window)[:, None]
+        k = tl.where(held, k, 0.0)
     tl.store(keys + at, k.to(keys.dtype.element_ty), mask=mask)
 
     v = numbers(words, record, tl.arange(0, BN) % 16, VALUES, W, BN, DTYPE)
     v = _rotated_back(v, signs, HEAD_DIM, D, BN)
     v = v * (load_scales(words, pairs, VALUES, BN) * VALUES.unit)[:, None]
+    if WINDOW:
+        v = tl.where(held, v, 0.0)
     tl.store(values + at, v.to(values.dtype.element_ty), mask=mask)
 
 
@@ -230,7 +241,7 @@ def plan(
 
 def dequantize(
     kv_cache, block_table, seq_lens, query_start_loc, starts, key_offset, keys, values, first: int, last: int,
-    context_tokens: int, sliding_window: int, page: TurboQuantPage,
+    context_tokens: int, sliding_window: int, page: TurboQuantPage, newest: int = EVERYTHING,
 ) -> None:  # fmt: skip
     """Write tokens first .. last of the line of prefixes to the start of keys and values.
 
@@ -238,6 +249,7 @@ def dequantize(
         starts: of `plan`.
         keys, values: [at least last - first, num_kv_heads, head_dim], contiguous.
         context_tokens: upper bound of the tokens of all prefixes.
+        newest: how many of each prefix, from its end; the others stay as they are.
     """
     num_reqs, num_kv_heads, block_size = len(seq_lens), *kv_cache.shape[1:3]
     head_dim = page.head_dim
@@ -251,7 +263,7 @@ def dequantize(
     dequantize_kernel[(triton.cdiv(context_tokens, BN) + num_reqs, num_kv_heads)](
         kv_cache, block_table, seq_lens, query_start_loc, starts, offset, signs,
         sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values,
-        num_reqs, first, last, offset.shape[0], sliding_window,
+        num_reqs, first, last, offset.shape[0], sliding_window, newest,
         kv_cache.stride(0) // 16, kv_cache.stride(1) // 16, block_table.stride(0), offset.stride(0), offset.stride(1),
         codes, value_codes(page, lookup), block_size, page.tile_bytes, head_dim, W,
         padded_requests(num_reqs), BN, key_offset is not None, sliding_window > 0, wide,

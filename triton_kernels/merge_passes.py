@@ -11,7 +11,7 @@ ROWS = 16  # query rows of a program
 def merge_pass_kernel(
     part,  # [num_tokens, num_heads, HEAD_DIM], of this pass
     part_lse,  # f32 [num_heads, num_tokens], natural log, not finite: nothing seen
-    total,  # f32 [num_tokens, num_heads, HEAD_DIM], of the passes before, and with this one after
+    total,  # [num_tokens, num_heads, HEAD_DIM], of the passes before; f32, and with this one after, unless LAST
     total_lse,  # f32 [num_heads, num_tokens]
     sinks,  # [num_heads], read for SINKS
     out,  # [num_tokens, num_heads, HEAD_DIM], written for LAST
@@ -35,7 +35,7 @@ def merge_pass_kernel(
     result = tl.where((lse > nothing)[:, None], result, 0.0)
     if not FIRST:
         old_lse = tl.load(total_lse + head * stride_lse + token, mask=real, other=nothing)
-        old = tl.load(total + at, mask=mask, other=0.0)
+        old = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
         top = tl.maximum(old_lse, lse)
         base = tl.where(top > nothing, top, 0.0)
         old_weight, weight = tl.exp(old_lse - base), tl.exp(lse - base)
@@ -67,7 +67,7 @@ def merge_pass(
     """Take a pass's part, [num_tokens, num_heads, head_dim] and f32 [num_heads, num_tokens], into total and total_lse.
 
     Args:
-        total: f32, contiguous; None for the only pass of a step.
+        total: f32, contiguous, before the last pass any float dtype; None for the only pass of a step.
         out: None, or where the result goes after the last pass, sinks applied (to out, not to total_lse); may be part.
         query_start_loc: int32 [num_reqs + 1].
         first: total and total_lse hold nothing yet.

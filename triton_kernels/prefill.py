@@ -134,6 +134,8 @@ def _attend_codes(
             written = start + in_tile < codes_len
             seen = visible(position, start + in_tile, window, WINDOW) & written[None, :]
             scores = tl.where(seen, scores, float("-inf"))
+            if WINDOW:  # what it has left behind may hold anything
+                written = written & (start + in_tile > tl.min(position, 0) - window)
             value_scale = tl.where(written, value_scale, 0.0)
         weights, factor, maximum, total = online_softmax(scores, scale, maximum, total)
         v = numbers(words, record, tl.arange(0, BN) % 16, VALUES, W, BN, VALUE_DTYPE)

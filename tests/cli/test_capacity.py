@@ -13,14 +13,14 @@ from tq_vllm.cli.config_file import read_config
 from tq_vllm.cli.gpu_memory import GPUS, default_batched_tokens, gpu_memory, weight_bytes
 from tq_vllm.cli.model_config import UnsupportedModelError, model_shape
 from tq_vllm.config import PRESETS
-from tq_vllm.format import UnsupportedHeadDimError
+from tq_vllm.format import TurboQuantPage, UnsupportedHeadDimError, recent_block_size
 
 GIB = 2**30
 # Bytes of a token of one KV head: codes of K and V, and two f16 scales (prod: three).
 SLOT_BYTES_128 = {"k8v8": 260, "k8v4": 196, "k5v4": 148, "k4v4": 132, "k4v3": 116, "k3v3": 100, "k3v2": 84, "k2v2": 68}
-SLOT_BYTES_128 |= {"t3": 100, "t2": 68, "prod": 134}
+SLOT_BYTES_128 |= {"t3": 100, "t2": 68, "prod": 134, "k4v4-r128": 132, "k3v3-r128": 100}
 SLOT_BYTES_64 = {"k8v8": 132, "k8v4": 100, "k5v4": 76, "k4v4": 68, "k4v3": 60, "k3v3": 52, "k3v2": 44, "k2v2": 36}
-SLOT_BYTES_64 |= {"t3": 52, "t2": 36, "prod": 70}
+SLOT_BYTES_64 |= {"t3": 52, "t2": 36, "prod": 70, "k4v4-r128": 68, "k3v3-r128": 52}
 
 
 def rows(report: dict) -> dict[str, dict]:
@@ -50,7 +50,7 @@ def test_every_preset_is_a_row_beside_bf16_and_fp8():
 def test_uniform_models(config, num_layers, num_kv_heads, head_dim, slot_bytes):
     memory, length, block = 16 * GIB, 4096, 64
     report = capacity_report(config, memory, block_size=block, max_model_len=length)
-    assert report["exact"] and report["notes"] == []
+    assert report["exact"] and len(report["notes"]) == 1 and "newest tokens" in report["notes"][0]
     expected = {"bf16": 4 * head_dim, "fp8": 2 * head_dim, "turboquant": slot_bytes["k4v4"], **slot_bytes}
     assert rows(report).keys() == expected.keys()
     for name, slot in expected.items():
@@ -58,8 +58,12 @@ def test_uniform_models(config, num_layers, num_kv_heads, head_dim, slot_bytes):
         num_blocks = memory // (num_layers * num_kv_heads * slot * block)
         assert row["bytes_per_token"] == num_layers * num_kv_heads * slot
         assert row["num_blocks"] == num_blocks
-        assert row["num_tokens"] == num_blocks * block  # 4096 is a whole number of blocks
-        assert row["max_concurrency"] == pytest.approx(num_blocks * block / length)
+        sequence = length // block  # 4096 is a whole number of blocks
+        if name.endswith("-r128"):
+            page = TurboQuantPage(PRESETS[f"turboquant:{name}"], head_dim)
+            sequence += -(-length // recent_block_size(page, block)) + 1  # all of it is in flight
+        assert row["num_tokens"] == int(num_blocks / sequence * length)
+        assert row["max_concurrency"] == pytest.approx(num_blocks / sequence)
         assert row["ratio_to_bf16"] == pytest.approx(4 * head_dim / slot)
 
 

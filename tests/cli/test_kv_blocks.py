@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from tq_vllm.cli.kv_blocks import DEFAULT_BLOCK_SIZE, plan_blocks
 from tq_vllm.cli.model_config import ModelShape
+from tq_vllm.config import PRESETS, RECENT_PRESET
+from tq_vllm.format import recent_block_size
+from tq_vllm.ops.torch_pages import get_page
 
 kv_cache_interface = pytest.importorskip("vllm.v1.kv_cache_interface", reason="the oracle is vLLM itself")
 UTILS = importlib.import_module("vllm.v1.core.kv_cache_utils")
@@ -25,7 +28,7 @@ def shape_of(num_full_layers: int, num_sliding_layers: int, sliding_window: int,
     )
 
 
-def vllm_blocks(shape, slot_bytes: int, block_size: int, memory: int, max_model_len: int, in_flight: int):
+def vllm_blocks(shape, slot_bytes: int, block_size: int, memory: int, max_model_len: int, in_flight: int, recent=None):
     """(num_blocks, tokens, concurrency, blocks that vLLM says a longest sequence and the null block need), by vLLM."""
     vllm_config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
@@ -48,6 +51,9 @@ def vllm_blocks(shape, slot_bytes: int, block_size: int, memory: int, max_model_
     sliding = kv_cache_interface.SlidingWindowSpec(**common, sliding_window=shape.sliding_window or 1)
     specs = {f"full.{i}": full for i in range(shape.num_full_layers)}
     specs |= {f"sliding.{i}": sliding for i in range(shape.num_sliding_layers)}
+    if recent is not None:
+        specs |= {f"{name}.recent": recent for name in list(specs)}
+    specs = PLANNING.unify_kv_cache_spec_page_size(specs)
     groups = PLANNING.get_kv_cache_groups(vllm_config, specs)
     config = PLANNING.get_kv_cache_config_from_groups(vllm_config, groups, memory)
     tokens, concurrency = UTILS.get_kv_cache_capacity(vllm_config, config)
@@ -79,6 +85,36 @@ def test_equals_vllm_to_the_block(
     shape = shape_of(num_full_layers, num_sliding_layers, sliding_window, num_kv_heads)
     got = plan_blocks(shape, num_kv_heads * slot_bytes, block_size, memory, max_model_len, in_flight)
     expected = vllm_blocks(shape, slot_bytes, block_size, memory, max_model_len, in_flight)
+    assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_full_layers=st.integers(0, 40),
+    num_sliding_layers=st.integers(0, 40),
+    sliding_window=st.sampled_from((129, 512, 4096)),
+    num_kv_heads=st.integers(1, 16),
+    preset=st.sampled_from([name for name, preset in PRESETS.items() if preset.recent_tokens]),
+    block_size=st.sampled_from((64, 128)),
+    memory=st.integers(2**24, 2**36),
+    max_model_len=st.integers(1, 200_000),
+    in_flight=st.sampled_from((2048, 16384)),
+)
+def test_a_cache_of_the_newest_tokens_equals_vllm_to_the_block(
+    num_full_layers, num_sliding_layers, sliding_window, num_kv_heads, preset, block_size, memory, max_model_len,
+    in_flight,
+):  # fmt: skip
+    if num_full_layers + num_sliding_layers == 0:
+        num_full_layers = 1
+    shape, page = shape_of(num_full_layers, num_sliding_layers, sliding_window, num_kv_heads), get_page(preset, 128)
+    recent = page.config.recent_tokens, recent_block_size(page, block_size)
+    sizes = block_size, memory, max_model_len, in_flight
+    got = plan_blocks(shape, num_kv_heads * page.slot_bytes, *sizes, *recent)
+    spec = kv_cache_interface.SlidingWindowSpec(
+        block_size=recent[1], num_kv_heads=num_kv_heads, head_size=128, dtype=torch.uint8, sliding_window=recent[0],
+        state_content_bytes=get_page(RECENT_PRESET, 128).slot_bytes,
+    )  # fmt: skip
+    expected = vllm_blocks(shape, page.slot_bytes, *sizes, spec)
     assert (got.num_blocks, got.num_tokens, got.max_concurrency, got.fits) == expected
 
 

@@ -12,18 +12,30 @@ import pytest
 from compare import distances, worst
 from engine import CUDA, FAULTS, GRAPHS, Phase, Request, Result, run
 
+from tq_vllm.config import PRESETS
+from tq_vllm.plugin.checks import NOT_RUN_ON_A_GPU
+
 pytestmark = pytest.mark.engine
 
 CHUNKED = {"max_num_batched_tokens": 64}
 UNCHUNKED = {"max_num_batched_tokens": 2048, "enable_chunked_prefill": False}
-FEW_BLOCKS = {"max_num_batched_tokens": 512, "block_size": 16, "num_gpu_blocks_override": 66}
+FEW_BLOCKS = {"max_num_batched_tokens": 512, "block_size": 32}
 
 # On a GPU once more, on both of vLLM's model runners, with and without torch.compile and CUDA graphs (decodes in full
 # ones): mixed batches, chunked prefill, prefix hits and preemption in one engine. The tests above have the second
 # runner without graphs.
-ALL_AT_ONCE = CHUNKED | {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 34}
+ALL_AT_ONCE = CHUNKED | {"enable_prefix_caching": True, "block_size": 32}
 ON_GPU = {"first runner": {}, "first runner, CUDA graphs": GRAPHS, "second runner, CUDA graphs": GRAPHS}
 ENGINES_AT_ONCE = 4  # of a GPU: a core for each that compiles, and one for its helpers
+
+
+def _few_blocks(preset: str, engine: dict) -> dict:
+    """Blocks for one sequence of 1024 tokens and a few of the requests of `_preempted`, not for all of them."""
+    blocks = 34
+    if PRESETS[preset].recent_tokens:  # in blocks of 16: 32 slots of 68 bytes hold 16 of 132
+        in_flight = engine["max_num_batched_tokens"] * (2 if CUDA else 1)
+        blocks += -(-(PRESETS[preset].recent_tokens - 1 + in_flight) // 16) + 1
+    return engine | {"num_gpu_blocks_override": blocks}
 
 
 class Runs:
@@ -39,16 +51,17 @@ class Runs:
         self.leaving = {r.id for r in leaving if r.cancel is not None}
         faults = [Phase(fault, crowd, inject=fault) for fault in FAULTS]
         rereading = [replace(arriving, name="cold"), replace(arriving, name="warm", reset_prefix_cache=False)]
-        preempted = _preempted(text_ids)
+        preempted, few = _preempted(text_ids), _few_blocks(preset, FEW_BLOCKS)
         self.jobs = {
             "chunked": (CHUNKED, [solo, Phase("all at once", crowd), arriving, Phase("cancelled", leaving), *faults]),
             "unchunked": (UNCHUNKED, [solo, arriving]),
             "prefixes": (CHUNKED | {"enable_prefix_caching": True, "block_size": 32}, rereading),
-            "preemption": (FEW_BLOCKS, [replace(solo, requests=preempted), Phase("crowd", preempted)]),
+            "preemption": (few, [replace(solo, requests=preempted), Phase("crowd", preempted)]),
             "samples": (CHUNKED | {"enable_prefix_caching": True}, [Phase("drawn", _arriving(_sampled(crowd)))]),
         }
         for variant in ON_GPU if CUDA else ():
-            self.jobs[variant] = (ALL_AT_ONCE | ON_GPU[variant], [*rereading, Phase("crowd", preempted), faults[-1]])
+            few = _few_blocks(preset, ALL_AT_ONCE) | ON_GPU[variant]
+            self.jobs[variant] = (few, [*rereading, Phase("crowd", preempted), faults[-1]])
         self.pool = ThreadPoolExecutor(ENGINES_AT_ONCE if CUDA else 1)
         self.results = {}
         for name in self.jobs if CUDA else ():
@@ -93,14 +106,20 @@ def _sampled(requests):
 
 
 def _preempted(text_ids):
-    """12 requests that do not fit together into the blocks of FEW_BLOCKS, nor of ALL_AT_ONCE."""
+    """12 requests that do not fit together into `_few_blocks`."""
     return [
         Request(f"p{i}", text_ids[150 * i : 150 * i + 70 + i], forced=text_ids[2000 + 40 * i : 2040 + 40 * i])
         for i in range(12)
     ]
 
 
-@pytest.fixture(scope="module", params=["turboquant", "turboquant:k8v8"])
+RECENT = "turboquant:k4v4-r128"  # codes of the default preset, and a cache of the newest tokens
+REFUSED = pytest.mark.skipif(CUDA and RECENT in NOT_RUN_ON_A_GPU, reason="refused on a GPU")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(RECENT, marks=REFUSED), "turboquant:k8v8", *(["turboquant"] if CUDA else [])]
+)
 def runs(request, first_layers, crowd, text_ids, tmp_path_factory):
     runs = Runs(request.param, first_layers, crowd, text_ids, tmp_path_factory)
     yield runs

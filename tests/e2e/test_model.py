@@ -25,7 +25,7 @@ def _distance(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("preset", ["turboquant", "turboquant:k8v8", "turboquant:k3v3"])
+@pytest.mark.parametrize("preset", ["turboquant", "turboquant:k8v8"])
 def test_logprobs_of_prompt_and_answer_are_those_of_core(preset, model, text_ids, tmp_path):
     tokens = text_ids[: PROMPT + DECODED]
     request = Request("r", tokens[:PROMPT], forced=tokens[PROMPT:], prompt_logprobs=True)

@@ -8,8 +8,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-from tests.ops.batches import Batch  # noqa: E402
-from tq_vllm.config import PRESETS  # noqa: E402
+from tests.ops.batches import FORMATS, Batch  # noqa: E402
 from tq_vllm.ops import cuda_attention  # noqa: E402
 from tq_vllm.ops.cuda_library import why_missing  # noqa: E402
 
@@ -52,12 +51,12 @@ def check(tolerance=2e-4, dtype=torch.float32, offset_dtype=None, **batch):
     assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", FORMATS)
 def test_presets(preset):
     check(preset=preset, head_dim=128, group=4, seq_lens=LENGTHS, query_lens=(1,) * len(LENGTHS))
 
 
-@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, PRESETS)))
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, FORMATS)))
 def test_head_dims(head_dim, preset):
     check(preset=preset, head_dim=head_dim, group=4, seq_lens=(300, 17, 1, 64), query_lens=(1, 1, 1, 1))
 
@@ -78,7 +77,7 @@ def test_several_query_tokens(query_lens):
 
 
 @pytest.mark.parametrize("query_len", (4, 8))
-@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, PRESETS)))
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, FORMATS)))
 def test_many_rows(head_dim, preset, query_len):
     """16 and 32 query rows in a warp (16 of head size 256), with every option at once."""
     check(tolerance=5e-4, preset=preset, head_dim=head_dim, group=4, num_kv_heads=2, seq_lens=(2100, 17, 64, 700),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import tq_vllm.ops  # noqa: F401  registers torch.ops.tq_vllm
-from tq_vllm.config import PRESETS, get_config
+from tq_vllm.config import PRESETS, RECENT_PRESET, get_config
 from tq_vllm.core.attention import attention_reference
 from tq_vllm.core.cache import kv_roundtrip
 from tq_vllm.format import TurboQuantPage, head_dims_of
@@ -14,7 +14,8 @@ from tq_vllm.format import TurboQuantPage, head_dims_of
 store_kv = torch.ops.tq_vllm.store_kv
 attention = torch.ops.tq_vllm.attention
 
-PAGES = [(preset, head_dim) for preset, config in PRESETS.items() for head_dim in head_dims_of(config)]
+FORMATS = [name for name, config in PRESETS.items() if not config.recent_tokens]  # of one cache
+PAGES = [(preset, head_dim) for preset in FORMATS for head_dim in head_dims_of(get_config(preset))]
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Batch:
     with_sinks: bool = False
     with_offset: bool = False
     fresh: bool = True
+    recent_block_size: int = 32
     padding: int = 0
     share: tuple[tuple[int, int], ...] = ()  # (request, tokens): leading tokens, whole blocks, shared with request 0
     seed: int = 0
@@ -64,31 +66,55 @@ class Batch:
         return self.key_offset[(positions // 64).clamp(max=len(self.key_offset) - 1)]
 
     def make_cache(self):
-        """A cache full of garbage, strided and not at the start of its storage, with shuffled blocks."""
-        slot_bytes = TurboQuantPage(self.config, self.head_dim).slot_bytes
-        blocks_of = [-(-n // self.block_size) for n in self.seq_lens]
-        num_blocks, region = sum(blocks_of) + 3, self.block_size * slot_bytes
+        """The cache and, for presets that have one, that of the newest tokens, whose older blocks were given back."""
+        self.kv_cache, self.block_table, self.unused = self.pages(self.config, self.block_size)
+        for request, n in self.share:
+            self.block_table[request, : n // self.block_size] = self.block_table[0, : n // self.block_size]
+        self.recent = ()
+        if self.config.recent_tokens:
+            cache, self.recent_table, unused = self.pages(get_config(RECENT_PRESET), self.recent_block_size)
+            older = torch.tensor([max(n - self.config.recent_tokens, 0) for n in self.seq_lens], dtype=torch.int32)
+            left = self.left_behind(self.recent_table, self.recent_block_size, self.config.recent_tokens, unused)
+            self.recent = cache, left, older
+
+    def left_behind(self, table, block_size, window, unused):
+        """The table of a sliding window, which may name any block where the window has left one behind."""
+        table = table.clone()
+        for row, (n, query_len) in enumerate(zip(self.seq_lens, self.query_lens, strict=True)):
+            table[row, : max(n - query_len - window + 1, 0) // block_size] = unused
+        return table
+
+    def pages(self, config, block_size):
+        """A cache full of garbage, strided and not at the start of its storage, a table of shuffled blocks, and a block
+        that it does not name."""
+        slot_bytes = TurboQuantPage(config, self.head_dim).slot_bytes
+        blocks_of = [-(-n // block_size) for n in self.seq_lens]
+        num_blocks, region = sum(blocks_of) + 3, block_size * slot_bytes
         storage = torch.randint(0, 256, (num_blocks + 1, self.num_kv_heads + 1, region + 48), dtype=torch.uint8,
                                 generator=self.random)  # fmt: skip
         storage[torch.rand(storage.shape, generator=self.random) < 0.3] = 0xFF  # f16 NaN among the scales
-        self.kv_cache = storage[1:, 1:, 32 : 32 + region].unflatten(2, (self.block_size, slot_bytes))
         order = torch.randperm(num_blocks, generator=self.random).tolist()
-        self.block_table = torch.full((len(blocks_of), max(blocks_of, default=0) + 2), -7, dtype=torch.int32)
+        table = torch.full((len(blocks_of), max(blocks_of, default=0) + 2), -7, dtype=torch.int32)
         for row, n in enumerate(blocks_of):
-            self.block_table[row, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
-        for request, n in self.share:
-            self.block_table[request, : n // self.block_size] = self.block_table[0, : n // self.block_size]
+            table[row, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
+        return storage[1:, 1:, 32 : 32 + region].unflatten(2, (block_size, slot_bytes)), table, order[0]
 
     def slots(self, request, positions):
-        return self.block_table[request, positions // self.block_size].long() * self.block_size + (
-            positions % self.block_size
-        )
+        return self.slots_of(self.block_table, self.block_size, request, positions)
+
+    @staticmethod
+    def slots_of(table, block_size, request, positions):
+        return table[request, positions // block_size].long() * block_size + positions % block_size
 
     def store(self, request, start, end):
         """Write tokens start..end of a request."""
         positions = torch.arange(start, end)
         store_kv(self.keys[request][start:end], self.values[request][start:end], self.kv_cache,
                  self.slots(request, positions), positions, self.key_offset, self.preset)  # fmt: skip
+        if self.recent:
+            slots = self.slots_of(self.recent_table, self.recent_block_size, request, positions)
+            store_kv(self.keys[request][start:end], self.values[request][start:end], self.recent[0], slots, positions,
+                     self.key_offset, RECENT_PRESET)  # fmt: skip
 
     def this_step(self, sequences):
         """Concatenate this step's tokens of per-request sequences, padding rows after them."""
@@ -105,29 +131,42 @@ class Batch:
         """Run the operation; padding rows come back as they were (7 and 9)."""
         out = torch.full(self.query.shape, 7.0, dtype=self.dtype)
         lse = torch.full((self.num_heads, len(self.query)), 9.0) if lse else None
+        table = self.block_table
+        if self.sliding_window:
+            table = self.left_behind(table, self.block_size, self.sliding_window, self.unused)
         key, value = (self.this_step(self.keys), self.this_step(self.values)) if self.fresh else (None, None)
         attention(
-            self.query, key, value, self.kv_cache, self.block_table, torch.tensor(self.seq_lens, dtype=torch.int32),
+            self.query, key, value, self.kv_cache, table, torch.tensor(self.seq_lens, dtype=torch.int32),
             self.query_start_loc, self.key_offset, self.sinks, out, lse, self.softmax_scale,
             max(self.query_lens, default=0), max(self.seq_lens, default=0), sum(self.seq_lens), self.sliding_window,
-            self.logits_soft_cap, self.preset,
+            self.logits_soft_cap, self.preset, *self.recent,
         )  # fmt: skip
         return out, lse
 
     def expected(self):
         """Dense float64 attention over what the queries should see."""
-        keys, values = [], []
-        for k, v, query_len in zip(self.keys, self.values, self.query_lens, strict=True):
-            k_hat, v_hat = kv_roundtrip(k, v, self.config, torch.arange(len(k)), self.key_offset)
-            context = len(k) - query_len
-            if self.fresh:
-                k_hat, v_hat = torch.cat((k_hat[:context], k[context:])), torch.cat((v_hat[:context], v[context:]))
-            keys.append(k_hat)
-            values.append(v_hat)
+        keys, values, starts = [], [], [0]
+        each_row = bool(self.recent) and not self.fresh  # its newest tokens are its own: a request of its own here
+        for request, (seq_len, query_len) in enumerate(zip(self.seq_lens, self.query_lens, strict=True)):
+            codes = self.roundtrip(request, self.config)
+            finer = self.roundtrip(request, get_config(RECENT_PRESET)) if self.recent else codes
+            context = seq_len - query_len
+            for end in range(context + 1, seq_len + 1) if each_row else [seq_len]:
+                raw = newest = context if self.fresh else end
+                if self.recent:
+                    newest = max(raw + self.fresh - self.config.recent_tokens, 0)
+                for seen, old, fine, x in zip((keys, values), codes, finer, (self.keys, self.values), strict=True):
+                    seen.append(torch.cat((old[:newest], fine[newest:raw], x[request][raw:end])))
+                starts.append(starts[-1] + (1 if each_row else query_len))
         return attention_reference(
-            self.query, keys, values, self.query_start_loc, self.softmax_scale, self.sliding_window,
+            self.query, keys, values, torch.tensor(starts), self.softmax_scale, self.sliding_window,
             self.logits_soft_cap, self.sinks,
         )  # fmt: skip
+
+    def roundtrip(self, request, config):
+        """Keys and values of a request after a trip through a cache."""
+        positions = torch.arange(self.seq_lens[request])
+        return kv_roundtrip(self.keys[request], self.values[request], config, positions, self.key_offset)
 
     def check(self, tolerance=1e-5):
         """Compare the operation with the dense computation, padding rows with what they held."""

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.batches import PAGES, Batch, store_kv
-from tq_vllm.config import PRESETS, TRELLIS, get_config
+from tests.ops.batches import FORMATS, PAGES, Batch, store_kv
+from tq_vllm.config import TRELLIS, get_config
 from tq_vllm.core.cache import encode_kv
 from tq_vllm.core.quantizers import decode_vectors
 from tq_vllm.format import PLANES, SUPPORTED_HEAD_DIMS, TILE_TOKENS, TurboQuantPage, pack_words, unpack_words
@@ -70,7 +70,7 @@ def test_fast_unpacking_equals_the_documented_one(width_and_head_dim, double, se
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(sorted(PRESETS)), st.booleans())
+@given(st.data(), st.sampled_from(sorted(FORMATS)), st.booleans())
 def test_codes_do_not_depend_on_the_chunking(data, preset, with_offset):
     whole = Batch(preset=preset, seq_lens=(90,), query_lens=(1,), with_offset=with_offset).fill()
     parts = Batch(preset=preset, seq_lens=(90,), query_lens=(1,), with_offset=with_offset)
@@ -80,7 +80,7 @@ def test_codes_do_not_depend_on_the_chunking(data, preset, with_offset):
     assert torch.equal(whole.kv_cache, parts.kv_cache)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", FORMATS)
 def test_slot_minus_1_and_tokens_past_the_slots_write_nothing(preset):
     batch = Batch(preset=preset, seq_lens=(40,), query_lens=(1,))
     slots = batch.slots(0, torch.arange(40))

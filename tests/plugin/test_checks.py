@@ -110,6 +110,31 @@ def test_untested_vllm_is_told_once(monkeypatch):
     ]
 
 
+def test_a_cache_of_the_newest_tokens_needs_blocks_of_its_own_kind(tiny_config, attention_layer):
+    config = tiny_config(kv_cache_dtype="turboquant:k4v4-r128", disable_hybrid_kv_cache_manager=True)
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        attention_layer(config)
+    assert "allowed turboquant:k4v4; use turboquant:k4v4 instead" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+def test_a_cache_of_the_newest_tokens_needs_blocks_that_hold_a_tile_of_it(tiny_config, attention_layer):
+    config = tiny_config(kv_cache_dtype="turboquant:k4v4-r128", block_size=16)
+    attention_layer(config).process_weights_after_loading(torch.float32)
+    (recent,) = (layer for name, layer in layers_of(config).items() if name.endswith(".recent"))
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        recent.get_kv_cache_spec(config)
+    assert "got 16, allowed multiples of 16 from 32 on; use 64 instead" in str(caught.value)
+    _check_form(str(caught.value))
+    config.cache_config.block_size = 64
+    spec = recent.get_kv_cache_spec(config)
+    assert (spec.block_size, spec.sliding_window) == (32, 128)
+
+
+def layers_of(config):
+    return config.compilation_config.static_forward_context
+
+
 def test_alibi_is_refused(tiny_config, attention_layer):
     with pytest.raises(UnsupportedByTurboQuantError) as caught:
         attention_layer(tiny_config(), alibi_slopes=[0.5, 0.25, 0.125, 0.0625])

@@ -11,9 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.batches import Batch
-from tq_vllm.config import PRESETS
-from tq_vllm.ops import cuda_attention
+from tests.ops.batches import FORMATS, Batch
+from tq_vllm.ops import cuda_attention, torch_ops
 
 CTAS, WARPS = 3, 2
 LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 1000)
@@ -76,7 +75,7 @@ def check(dtype=torch.float32, offset_dtype=None, aligned=True, **batch):
     assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", FORMATS)
 @pytest.mark.parametrize("head_dim, group", [(128, 4), (64, 8), (256, 3)])
 def test_presets(preset, head_dim, group):
     check(preset=preset, head_dim=head_dim, group=group, seq_lens=(1, 17, 64, 150), query_lens=(1,) * 4)
@@ -200,3 +199,20 @@ def test_rising_scores():
         out, None, b.softmax_scale, 1, 600, sum(b.seq_lens), 0, 0.0, b.preset,
     )  # fmt: skip
     torch.testing.assert_close(out.double(), b.expected()[0], rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("window", [0, 20])
+def test_rows_before_the_first_token_see_nothing(group, window):
+    """Codes that are older than the newest tokens: a sequence may have fewer of them than the step has rows."""
+    b = Batch(fresh=False, seq_lens=(90, 90, 90, 90), query_lens=(4, 4, 4, 1), group=group, head_dim=128).fill()
+    lens = torch.tensor((2, 0, 70, 0), dtype=torch.int32)
+    found = []
+    for attention in (cuda_attention.attention, torch_ops.attention):
+        out, lse = torch.full_like(b.query, 7.0), torch.full((b.num_heads, len(b.query)), 9.0)
+        attention(b.query, None, None, b.kv_cache, b.block_table, lens, b.query_start_loc, None, None, out, lse,
+                  b.softmax_scale, 4, 90, 360, window, 0.0, b.preset)  # fmt: skip
+        found += [out, lse]
+    torch.testing.assert_close(found[0], found[2], rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-3)
+    assert (found[0][:2] == 0).all() and (found[0][2] != 0).all()

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from tests.ops.batches import Batch
+from tests.ops.batches import FORMATS, Batch
 from tests.ops.test_store import read_slot
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TurboQuantPage
@@ -84,7 +84,7 @@ def test_every_head_size(on_cpu, head_dim):
 
 
 @pytest.mark.parametrize(
-    "preset", [p for p, c in PRESETS.items() if not c.trellis and p not in ("turboquant:k4v4", "turboquant:prod")]
+    "preset", [p for p in FORMATS if not PRESETS[p].trellis and p not in ("turboquant:k4v4", "turboquant:prod")]
 )
 def test_presets(preset):
     check(preset=preset, head_dim=128)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.batches import Batch
-from tq_vllm.config import PRESETS
+from tests.ops.batches import FORMATS, Batch
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +46,7 @@ def check(triton_ops, monkeypatch, **fields):
 
 
 @pytest.mark.parametrize("step", [DECODE, PREFILL], ids=["decode", "prefill"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", FORMATS)
 def test_preset(triton_ops, monkeypatch, preset, step):
     check(triton_ops, monkeypatch, preset=preset, **SMALL, **step)
 

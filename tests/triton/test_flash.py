@@ -9,9 +9,8 @@ import math
 import pytest
 import torch
 
-from tests.ops.batches import Batch
+from tests.ops.batches import FORMATS, Batch
 from tests.triton.test_attention import DEVICE, FEATURES, TOLERANCE, moved
-from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS
 from tq_vllm.ops import flash_ops, flash_workspace
 
@@ -86,7 +85,7 @@ def check(**fields):
     assert torch.equal(batch_out[:used], out[:used])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", FORMATS)
 def test_preset(preset):
     check(preset=preset, head_dim=128, num_kv_heads=1, seq_lens=(200,), query_lens=(33,))
 
@@ -107,8 +106,9 @@ def test_one_pass(feature):
     check(**FEATURES[feature])
 
 
-@pytest.mark.parametrize("tokens", [64, 128])
-@pytest.mark.parametrize("feature", [f for f in FEATURES if "sliding_window" not in FEATURES[f]])
+@pytest.mark.parametrize(
+    "feature, tokens", [(f, 128) for f in FEATURES if "sliding_window" not in FEATURES[f]] + [("offset", 64)]
+)
 def test_passes(monkeypatch, feature, tokens):
     """A buffer of 64 or 128 tokens: the line of prefixes is cut inside requests and inside tiles."""
     fields = {"seq_lens": (300, 5, 130, 90), "query_lens": (33, 5, 1, 20)} | FEATURES[feature]

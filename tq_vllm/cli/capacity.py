@@ -18,7 +18,7 @@ from tq_vllm.cli.kv_blocks import BATCHES_IN_FLIGHT, DEFAULT_BLOCK_SIZE, plan_bl
 from tq_vllm.cli.model_config import ModelShape, model_shape
 from tq_vllm.cli.table import print_table
 from tq_vllm.config import PRESETS
-from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS, TurboQuantPage, head_dims_of
+from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS, TurboQuantPage, head_dims_of, recent_block_size
 
 DEFAULT_MEMORY = "16GiB"
 BYTES_OF_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -77,9 +77,14 @@ def capacity_report(
     slot_bytes |= {name: TurboQuantPage(preset, shape.head_dim).slot_bytes for name, preset in stored.items()}
     formats = []
     for name, slot in slot_bytes.items():
-        family = "turboquant" if name in PRESETS else "stock"
-        size = block_size or DEFAULT_BLOCK_SIZE[device][family]
-        blocks = plan_blocks(shape, num_kv_heads * slot, size, memory_bytes, max_model_len, in_flight)
+        preset = stored.get(name)
+        size = block_size or DEFAULT_BLOCK_SIZE[device]["turboquant" if preset else "stock"]
+        recent = (0, 0)
+        if preset and preset.recent_tokens:
+            recent = preset.recent_tokens, recent_block_size(TurboQuantPage(preset, shape.head_dim), size)
+            if not recent[1]:  # refused, in blocks of that size
+                continue
+        blocks = plan_blocks(shape, num_kv_heads * slot, size, memory_bytes, max_model_len, in_flight, *recent)
         formats.append(
             {
                 "name": name,
@@ -124,6 +129,11 @@ def _notes(shape: ModelShape, max_in_flight_tokens: int) -> list[str]:
         notes.append(
             f"Approximate, too high: {shape.num_recurrent_layers} recurrent layers keep a fixed state for every "
             "sequence in the same pool, and vLLM enlarges the blocks to fit it; only attention layers are counted here."
+        )
+    if any(preset.recent_tokens for preset in PRESETS.values()):
+        notes.append(
+            "Presets with -r keep the newest tokens in 8 bits too. Bytes per token leave that out; tokens and "
+            f"sequences count it as vLLM does, with {max_in_flight_tokens:,} tokens in flight in each sequence."
         )
     return notes
 

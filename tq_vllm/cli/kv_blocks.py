@@ -5,7 +5,7 @@ models whose layers have pages of one size: `_get_kv_cache_groups_uniform_page_s
 `get_max_concurrency_for_kv_cache_config`, `get_kv_cache_capacity`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tq_vllm.cli.model_config import ModelShape
 
@@ -36,27 +36,44 @@ class KVBlocks:
     longest_sequence: int
 
 
-def layer_groups(shape: ModelShape) -> tuple[int, int, int]:
-    """Split layers into groups with block tables of their own: (full groups, sliding groups, layers in the widest)."""
-    counts = [n for n in (shape.num_full_layers, shape.num_sliding_layers) if n]
-    smallest, largest = min(counts), max(counts)
-    group_size = largest if largest < 1.5 * smallest else smallest
-    full_groups = -(-shape.num_full_layers // group_size)
-    sliding_groups = -(-shape.num_sliding_layers // group_size)
-    widths = [
-        -(-layers // groups)
-        for layers, groups in ((shape.num_full_layers, full_groups), (shape.num_sliding_layers, sliding_groups))
-        if groups
+@dataclass(frozen=True)
+class LayerKind:
+    """Caches of one shape. `window`: tokens of a sequence that they keep, 0 for all; `groups`: how many block tables of
+    their own they are split into."""
+
+    num_layers: int
+    block_size: int
+    window: int
+    groups: int = 1
+
+
+def layer_kinds(
+    shape: ModelShape, block_size: int, recent_tokens: int, recent_block_size: int
+) -> tuple[list[LayerKind], int]:
+    """Group a model's caches as vLLM does; return them, and the layers of the widest group."""
+    every_layer = shape.num_full_layers + shape.num_sliding_layers
+    kinds = [
+        LayerKind(shape.num_full_layers, block_size, 0),
+        LayerKind(shape.num_sliding_layers, block_size, shape.sliding_window),
+        LayerKind(every_layer if recent_tokens else 0, recent_block_size, recent_tokens),
     ]
-    return full_groups, sliding_groups, max(widths)
+    kinds = [kind for kind in kinds if kind.num_layers]
+    smallest, largest = (of(kind.num_layers for kind in kinds) for of in (min, max))
+    group_size = largest if largest < 1.5 * smallest else smallest
+    kinds = [replace(kind, groups=-(-kind.num_layers // group_size)) for kind in kinds]
+    return kinds, max(-(-kind.num_layers // kind.groups) for kind in kinds)
 
 
-def blocks_of_sequence(shape: ModelShape, block_size: int, num_tokens: int, max_in_flight_tokens: int) -> int:
+def blocks_of_sequence(kinds: list[LayerKind], num_tokens: int, max_in_flight_tokens: int) -> int:
     """Blocks that a sequence of `num_tokens` holds at most, over all groups; a window frees what it has left behind."""
-    full_groups, sliding_groups, _ = layer_groups(shape)
-    full = -(-num_tokens // block_size)
-    windowed = min(shape.sliding_window - 1 + max_in_flight_tokens, num_tokens)
-    return full_groups * full + sliding_groups * (-(-windowed // block_size) + 1)
+    blocks = 0
+    for kind in kinds:
+        if kind.window:
+            held = min(kind.window - 1 + max_in_flight_tokens, num_tokens)
+            blocks += kind.groups * (-(-held // kind.block_size) + 1)
+        else:
+            blocks += kind.groups * -(-num_tokens // kind.block_size)
+    return blocks
 
 
 def plan_blocks(
@@ -66,6 +83,8 @@ def plan_blocks(
     memory_bytes: int,
     max_model_len: int,
     max_in_flight_tokens: int,
+    recent_tokens: int = 0,
+    recent_block_size: int = 0,
 ) -> KVBlocks:
     """Plan the block pool of one GPU.
 
@@ -73,13 +92,15 @@ def plan_blocks(
         layer_token_bytes: bytes of one token in one layer, all KV heads of this GPU.
         memory_bytes: the KV-cache memory, as of --kv-cache-memory-bytes.
         max_in_flight_tokens: tokens scheduled and not yet settled; matters for sliding windows only.
+        recent_tokens, recent_block_size: of a preset whose newest tokens have a cache of their own
+            (format.recent_block_size).
     """
-    _, _, layers_per_group = layer_groups(shape)
+    kinds, layers_per_group = layer_kinds(shape, block_size, recent_tokens, recent_block_size)
     bytes_per_block = layers_per_group * block_size * layer_token_bytes
     num_blocks = memory_bytes // bytes_per_block
 
     def needed(num_tokens: int) -> int:
-        return blocks_of_sequence(shape, block_size, num_tokens, max_in_flight_tokens)
+        return blocks_of_sequence(kinds, num_tokens, max_in_flight_tokens)
 
     usable = num_blocks - 1  # vLLM keeps one null block back
     low, high = 0, max_model_len

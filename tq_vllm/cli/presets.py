@@ -34,8 +34,17 @@ def preset_row(config: TurboQuantConfig) -> dict:
         "bytes_per_token_and_head": {str(d): n for d, n in slot_bytes.items()},
         "bits_per_coordinate": {str(d): 8 * n / (2 * d) for d, n in slot_bytes.items()},
         "ratio_to_bf16": {str(d): 4 * d / n for d, n in slot_bytes.items()},
-        "purpose": PROD_PURPOSE if config.key_sketch else PURPOSE[config.key_width, config.value_width],
+        "recent_tokens": config.recent_tokens,
+        "purpose": _purpose(config),
     }
+
+
+def _purpose(config: TurboQuantConfig) -> str:
+    if config.key_sketch:
+        return PROD_PURPOSE
+    if config.recent_tokens:
+        return f"the newest {config.recent_tokens} tokens of a sequence in 8 bits too"
+    return PURPOSE[config.key_width, config.value_width]
 
 
 def add_parser(commands) -> None:

@@ -19,6 +19,8 @@ def refuse_attention(call: Call) -> str | None:
     """Return None, or why the compiled kernel can't serve an attention call."""
     if call.fresh:
         return "it reads every token from codes, and this step has raw keys and values"
+    if call.recent:
+        return "it reads one cache at a time"
     if call.head_dim not in ROWS:
         return f"got head size {call.head_dim}, allowed {', '.join(map(str, ROWS))}"
     if call.group * call.max_query_len > MAX_QUERY_ROWS:

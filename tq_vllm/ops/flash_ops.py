@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from tq_vllm.ops.flash_workspace import temporaries, workspace
+from tq_vllm.config import RECENT_PRESET
+from tq_vllm.format import TurboQuantPage, recent_block_size
+from tq_vllm.ops.flash_workspace import line_tokens, temporaries, workspace
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
@@ -66,8 +68,13 @@ def warm_up(
     _warm.add(kind)
     from tq_vllm.triton_kernels.dequantize import REQUEST_SIZES
 
-    slot_bytes = get_page(preset, head_dim).slot_bytes
-    kv_cache = torch.zeros(1, num_kv_heads, block_size, slot_bytes, dtype=torch.uint8, device=query.device)
+    def cache(page: TurboQuantPage, size: int) -> torch.Tensor:
+        return torch.zeros(1, num_kv_heads, size, page.slot_bytes, dtype=torch.uint8, device=query.device)
+
+    page = get_page(preset, head_dim)
+    kv_cache, recent = cache(page, block_size), None
+    if page.config.recent_tokens:
+        recent = cache(get_page(RECENT_PRESET, head_dim), recent_block_size(page, block_size))
     for num_reqs in [n for i, n in enumerate(REQUEST_SIZES) if i == 0 or REQUEST_SIZES[i - 1] < max_num_reqs]:
         ints = torch.arange(num_reqs + 1, dtype=torch.int32, device=query.device)
         table, seq_lens = torch.zeros_like(ints)[:-1, None], torch.full_like(ints[:-1], 2)
@@ -75,13 +82,13 @@ def warm_up(
         one = query.new_zeros(num_reqs, num_heads, head_dim)
         for total_seq_len in [2 * num_reqs] + ([] if sliding_window > 0 else [len(keys) + num_reqs + 1]):
             attention(one, key, key, kv_cache, table, seq_lens, ints, key_offset, sinks, torch.empty_like(one), None,
-                      1.0, 1, 2, total_seq_len, sliding_window, 0.0, preset)  # fmt: skip
+                      1.0, 1, 2, total_seq_len, sliding_window, 0.0, preset, recent, table)  # fmt: skip
 
 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
-    logits_soft_cap: float, preset: str,
+    logits_soft_cap: float, preset: str, recent_cache=None, recent_table=None, older_lens=None,
 ) -> None:  # fmt: skip
     """Attend this step's tokens to their prefixes' codes and to themselves; arguments in schema.py."""
     from tq_vllm.triton_kernels.dequantize import dequantize, place, plan
@@ -92,7 +99,7 @@ def attention(
     if num_reqs == 0 or max_query_len == 0:
         return
     page = get_page(preset, head_dim)
-    context_tokens = max(total_seq_len - num_tokens, 0)
+    context_tokens = max(line_tokens(num_reqs, num_tokens, total_seq_len, sliding_window) - num_tokens, 0)
     keys, values = workspace(num_tokens, num_kv_heads, head_dim, key.dtype, key.device)
     joined = context_tokens + num_tokens <= len(keys)
     slice_tokens = len(keys)
@@ -103,6 +110,10 @@ def attention(
         if context_tokens:
             dequantize(kv_cache, block_table, seq_lens, query_start_loc, starts, key_offset, keys, values, first, last,
                        context_tokens, sliding_window, page)  # fmt: skip
+            if recent_cache is not None:  # over what the codes gave for the same tokens
+                dequantize(recent_cache, recent_table, seq_lens, query_start_loc, starts, key_offset, keys, values,
+                           first, last, context_tokens, sliding_window, get_page(RECENT_PRESET, head_dim),
+                           page.config.recent_tokens - 1)  # fmt: skip
 
     def attend(i: int, max_key_len: int, causal: bool, into: torch.Tensor) -> torch.Tensor:
         """Run pass i into `into` and return its LSE."""

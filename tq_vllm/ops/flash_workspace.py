@@ -2,6 +2,8 @@
 
 import torch
 
+from tq_vllm.format import SEGMENT_TOKENS
+
 WORKSPACE_BYTES = 256 << 20  # for keys and values; more only where the tokens of one step alone need it
 
 _buffers: dict[torch.device, dict[int, torch.Tensor]] = {}  # device -> stream -> bytes
@@ -12,9 +14,16 @@ def workspace_tokens(num_kv_heads: int, head_dim: int) -> int:
     return WORKSPACE_BYTES // (4 * num_kv_heads * head_dim) // 64 * 64
 
 
-def is_long(num_kv_heads: int, head_dim: int, total_seq_len: int) -> bool:
-    """Whether requests of this many tokens together may take more than one pass."""
-    return total_seq_len > workspace_tokens(num_kv_heads, head_dim)
+def line_tokens(num_reqs: int, num_tokens: int, total_seq_len: int, sliding_window: int) -> int:
+    """Upper bound of the tokens of this step and of the prefixes that it still sees, which start at a segment."""
+    if sliding_window <= 0:
+        return total_seq_len
+    return min(total_seq_len, num_tokens + num_reqs * (sliding_window + SEGMENT_TOKENS))
+
+
+def is_long(num_kv_heads: int, head_dim: int, num_tokens: int) -> bool:
+    """Whether so many tokens (line_tokens) may take more than one pass."""
+    return num_tokens > workspace_tokens(num_kv_heads, head_dim)
 
 
 def workspace(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_vllm.ops.flash_workspace import is_long
+from tq_vllm.ops.flash_workspace import is_long, line_tokens
 
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, tuple[str, ...]] = {  # device type -> modules tq_vllm.ops.<name>_ops, best first
     "cpu": ("torch",),
-    "cuda": ("cuda", "flash", "triton"),
+    "cuda": ("cuda", "flash", "triton", "recent"),
 }
 
 
@@ -38,6 +38,7 @@ class Call:
         group: query heads per KV head (attention).
         max_query_len: upper bound of the query tokens of a request (attention).
         fresh: this step's keys and values come as raw tensors (attention).
+        recent: the newest tokens are read from a cache of their own (attention).
         long: requests of more tokens than flash_ops takes in one pass (attention).
     """
 
@@ -56,6 +57,7 @@ class Call:
     sliding_window: bool = False
     logits_soft_cap: bool = False
     long: bool = False
+    recent: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,16 +112,18 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
-    logits_soft_cap: float, preset: str,
+    logits_soft_cap: float, preset: str, recent_cache=None, recent_table=None, older_lens=None,
 ) -> None:  # fmt: skip
     """Serve tq_vllm::attention with the kernel that `select` names."""
     call = Call(
         "attention", query.device.type, _capability(query.device), preset, query.shape[-1], query.dtype,
         kv_cache.shape[2], query.shape[1] // kv_cache.shape[1], max_query_len, key is not None, key_offset is not None,
         sinks is not None, sliding_window > 0, logits_soft_cap > 0,
-        is_long(kv_cache.shape[1], query.shape[-1], total_seq_len),
+        is_long(kv_cache.shape[1], query.shape[-1],
+                line_tokens(len(seq_lens), len(query), total_seq_len, sliding_window)), recent_cache is not None,
     )  # fmt: skip
+    recent = (recent_cache, recent_table, older_lens) if call.recent else ()
     select(call).function(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-        softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
+        softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset, *recent,
     )  # fmt: skip

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from tq_vllm.config import RECENT_PRESET
 from tq_vllm.core.cache import compute_dtype, encode_kv
 from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
-from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS
+from tq_vllm.format import SEGMENT_TOKENS, TILE_TOKENS, TurboQuantPage
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page, read_sketches, read_tiles, write_tokens
 
@@ -42,12 +43,12 @@ def store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset: 
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
-    logits_soft_cap: float, preset: str,
+    logits_soft_cap: float, preset: str, recent_cache=None, recent_table=None, older_lens=None,
 ) -> None:  # fmt: skip
     """Attend queries to the cache and, with key and value, to this step's raw tokens; arguments in schema.py."""
     step = _Step(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
-        softmax_scale, sliding_window, logits_soft_cap, preset,
+        softmax_scale, sliding_window, logits_soft_cap, preset, recent_cache, recent_table,
     )  # fmt: skip
     num_kv_heads = kv_cache.shape[1]
     tile_tokens = max(1, min(max_query_len, QUERY_TILE))
@@ -85,6 +86,17 @@ def _query_tiles(
     from_codes = (context if has_fresh_tokens else context + last).clamp(min=0)
     order = (from_codes << 32 | last).argsort(descending=True)
     return _Tiles(request[order], first[order], last[order], context[order], from_codes[order])
+
+
+class _Source(NamedTuple):
+    """A cache, and what tiles of queries read of it."""
+
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    page: TurboQuantPage
+    tiles: _Tiles  # positions and ends moved, so that a row sees what this cache serves
+    window: int  # 0, or how many positions a row sees
+    oldest: torch.Tensor | None = None  # [num_tiles] int64: first position to read, may be negative
 
 
 class _Softmax:
@@ -136,6 +148,8 @@ class _Step:
     sliding_window: int
     logits_soft_cap: float
     preset: str
+    recent_cache: torch.Tensor | None
+    recent_table: torch.Tensor | None
 
     def attend(self, tiles: _Tiles, tile_tokens: int, chunk: int) -> None:
         """Compute and write the rows of `tiles`."""
@@ -150,7 +164,9 @@ class _Step:
         queries = queries.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3)
         row_index = index.repeat_interleave(group, 1)[:, None, :, None]  # [n, 1, rows, 1]
         softmax = _Softmax(queries)
-        self._add_codes(softmax, tiles, row_index, queries, rotation.forward(queries), chunk)
+        rotated = rotation.forward(queries)
+        for source in self._sources(tiles, head_dim):
+            self._add_codes(softmax, source, row_index, queries, rotated, chunk)
         softmax.output = rotation.inverse(softmax.output)
         if self.key is not None:
             self._add_fresh(softmax, tiles, row_index, queries)
@@ -172,40 +188,69 @@ class _Step:
         """Return the rows of `query` and `key` of tokens [n or 1, tokens] of the tiles' requests: [n, tokens]."""
         return (self.query_start_loc[tiles.request, None] + index).clamp(max=len(self.query) - 1)
 
-    def _add_codes(self, softmax, tiles: _Tiles, row_index, queries, rotated, chunk: int) -> None:
-        """Add the positions before `from_codes`, chunk by chunk; queries and rotated [n, num_kv_heads, rows, d]."""
-        page = get_page(self.preset, queries.shape[-1])
+    def _sources(self, tiles: _Tiles, head_dim: int) -> list["_Source"]:
+        """The caches that hold what the tiles see of earlier positions, each with its part of them."""
+        page = get_page(self.preset, head_dim)
+        everything = _Source(self.kv_cache, self.block_table, page, tiles, self.sliding_window)
+        if self.recent_cache is None:
+            return [everything]
+        recent = page.config.recent_tokens
+        decodes = self.key is None
+        # A decode's newest tokens end at each row, a prefill's at the first.
+        behind = recent if decodes else recent - 1
+        newest = everything._replace(
+            kv_cache=self.recent_cache,
+            block_table=self.recent_table,
+            page=get_page(RECENT_PRESET, head_dim),
+            oldest=(tiles.context + tiles.first if decodes else tiles.context) - (recent - 1),
+        )
+        if decodes:
+            newest = newest._replace(window=min(recent, self.sliding_window or recent))
+        if 0 < self.sliding_window <= behind:
+            return [newest]
+        older = tiles._replace(context=tiles.context - behind, from_codes=(tiles.from_codes - behind).clamp(min=0))
+        return [everything._replace(tiles=older, window=max(self.sliding_window - behind, 0)), newest]
+
+    def _add_codes(self, softmax, source: "_Source", row_index, queries, rotated, chunk: int) -> None:
+        """Add the source's positions, chunk by chunk; queries and rotated [n, num_kv_heads, rows, d]."""
+        kv_cache, block_table, page, tiles, window, oldest = source
         sketched = page_sketch(queries.shape[-1]).forward(rotated) if page.config.key_sketch else None
         position = tiles.context[:, None, None, None] + row_index  # [n, 1, rows, 1]
         ends = tiles.from_codes.tolist()
         seen_by_all = torch.minimum(tiles.from_codes, tiles.context + tiles.first + 1).tolist()
-        block_size = self.kv_cache.shape[2]
-        skipped = 0
-        if self.sliding_window > 0 and ends:
-            skipped = max(0, int((tiles.context + tiles.first).min()) - self.sliding_window + 1) // chunk * chunk
+        block_size = kv_cache.shape[2]
+        if window > 0:
+            of_window = tiles.context + tiles.first - window + 1
+            oldest = of_window if oldest is None else torch.maximum(oldest, of_window)
+        skipped = max(int(oldest.min()), 0) // chunk * chunk if oldest is not None and ends else 0
         for start in range(skipped, max(ends, default=0), chunk):
             n = sum(end > start for end in ends)
             stop = start + min(chunk, -(-(ends[0] - start) // TILE_TOKENS) * TILE_TOKENS)
             keys = torch.arange(start, stop, device=queries.device)
             end = tiles.from_codes[:n, None]  # [n, 1]
             tile = keys[::TILE_TOKENS]
-            blocks = self.block_table[tiles.request[:n, None], tile // block_size]
-            blocks = blocks.long().clamp_(0, len(self.kv_cache) - 1)  # entries past a request's end hold anything
+            blocks = block_table[tiles.request[:n, None], tile // block_size]
+            blocks = blocks.long().clamp_(0, len(kv_cache) - 1)  # entries past a request's end hold anything
             tile = tile % block_size // TILE_TOKENS
-            k, v, key_scale, value_scale = read_tiles(self.kv_cache, page, blocks, tile, queries.dtype)
+            k, v, key_scale, value_scale = read_tiles(kv_cache, page, blocks, tile, queries.dtype)
             written = (keys < end)[:, None]  # [n, 1, keys]
-            if stop > ends[n - 1]:  # slots past a request's end hold anything, NaN scales included
+            if oldest is not None:
+                written = written & (keys >= oldest[:n, None])[:, None]
+            # Slots past a request's end, or before the oldest, hold anything, NaN scales included.
+            if oldest is not None or stop > ends[n - 1]:
                 key_scale, value_scale = (torch.where(written, s, 0.0) for s in (key_scale, value_scale))
             scores = (rotated[:n] @ k.transpose(2, 3)).mul_(key_scale[:, :, None])
             if sketched is not None:
-                signs, sketch_scale = read_sketches(self.kv_cache, page, blocks, tile, queries.dtype)
+                signs, sketch_scale = read_sketches(kv_cache, page, blocks, tile, queries.dtype)
                 sketch_scale = torch.where(written, sketch_scale, 0.0)
                 scores += (sketched[:n] @ signs.transpose(2, 3)).mul_(sketch_scale[:, :, None])
             if self.key_offset is not None:
                 scores += self._offset_scores(queries[:n], start, stop - start)
             self._cap(scores)
-            if self.sliding_window > 0 or stop > min(seen_by_all[:n]):
-                self._hide(scores, keys, position[:n], end)
+            if window > 0 or stop > min(seen_by_all[:n]):
+                self._hide(scores, keys, position[:n], end, window)
+            if oldest is not None:
+                scores.masked_fill_(~written[:, :, None], -math.inf)
             softmax.add(scores, v, value_scale[:, :, None])
 
     def _offset_scores(self, queries: torch.Tensor, start: int, num_keys: int) -> torch.Tensor:
@@ -230,7 +275,7 @@ class _Step:
             k, v = (x.masked_fill(~x.square().sum(-1, keepdim=True).isfinite(), 0.0).transpose(1, 2) for x in (k, v))
             scores = queries[:n] @ k.transpose(2, 3)
             self._cap(scores)
-            self._hide(scores, keys, row_index[:n], visible[:n, None])
+            self._hide(scores, keys, row_index[:n], visible[:n, None], self.sliding_window)
             softmax.add(scores, v)
 
     def _cap(self, scores: torch.Tensor) -> None:
@@ -238,10 +283,10 @@ class _Step:
         if self.logits_soft_cap > 0:
             scores.div_(self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
 
-    def _hide(self, scores: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, end: torch.Tensor) -> None:
+    def _hide(self, scores: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, end: torch.Tensor, window: int):
         """Set scores [n, num_kv_heads, rows, keys] to -inf where keys [keys] are after rows [n, 1, rows, 1], at or past
         end [n, 1], or out of the window."""
         hidden = (keys > rows) | (keys >= end)[:, None, None]  # [n, 1, rows, keys]
-        if self.sliding_window > 0:
-            hidden |= keys <= rows - self.sliding_window
+        if window > 0:
+            hidden |= keys <= rows - window
         scores.masked_fill_(hidden, -math.inf)

@@ -14,6 +14,8 @@ def supports(call: Call) -> str | None:
     """Say why a call can't be served; None when it can."""
     if call.op != "attention":
         return f"got operation {call.op}, allowed attention"
+    if call.recent:
+        return "it reads one cache at a time"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if call.capability is not None and call.capability < (8, 0):

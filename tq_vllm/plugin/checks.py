@@ -12,15 +12,17 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM
-from tq_vllm.config import PRESETS, get_config
-from tq_vllm.format import TILE_TOKENS, TurboQuantPage, head_dims_of
+from tq_vllm.config import PRESETS, TurboQuantConfig, get_config
+from tq_vllm.format import TILE_TOKENS, TurboQuantPage, head_dims_of, recent_block_size
 from tq_vllm.plugin.compat import BACKEND_NAME, logger
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_DTYPE = "--kv-cache-dtype auto"
 
 # Their kernels are compiled and simulated (tests/simt), and have not run on a GPU yet.
-NOT_RUN_ON_A_GPU = ("turboquant:t3", "turboquant:t2", "turboquant:prod")
+NOT_RUN_ON_A_GPU = (
+    "turboquant:t3", "turboquant:t2", "turboquant:prod", "turboquant:k4v4-r128", "turboquant:k3v3-r128",
+)  # fmt: skip
 
 # Kernels load whole runs of tiles: pages of 64 tokens read faster than pages of 16, and a segment of the key offset
 # never cuts a page.
@@ -103,6 +105,21 @@ def check_layer(*, alibi_slopes: list[float] | None, head_dim: int, kv_cache_dty
     if unknown:
         _refuse("Attention feature", ", ".join(unknown), "sinks, sliding window, logits soft cap")
     return page
+
+
+def check_recent_tokens(config: TurboQuantConfig, vllm_config) -> None:
+    """Refuse a cache of the newest tokens where vLLM keeps one kind of blocks: it would keep them for all tokens."""
+    if config.recent_tokens and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        plain = config.name.rsplit("-r", 1)[0]
+        got = f"{config.name} with the hybrid KV cache manager off (by flag, or for a KV connector that needs it off)"
+        _refuse("--kv-cache-dtype", got, plain, plain)
+
+
+def check_recent_blocks(page: TurboQuantPage, block_size: int) -> None:
+    """Refuse blocks that hold no tile of the newest tokens' cache."""
+    if not recent_block_size(page, block_size):
+        least = next(n for n in range(TILE_TOKENS, 1024, TILE_TOKENS) if recent_block_size(page, n))
+        _refuse(f"--block-size of {page.config.name}", block_size, f"multiples of {TILE_TOKENS} from {least} on", "64")
 
 
 def check_spec(spec: AttentionSpec) -> None:

@@ -21,12 +21,18 @@ class EngineReport:
     """Mixed into vLLM's worker (--worker-extension-cls): a method that `collective_rpc` can call."""
 
     def engine_report(self) -> dict:
-        """Layers with their attention class and cache dtype, and the bytes that one token takes in this worker."""
+        """Layers with their attention class and cache dtype, and the bytes that a token takes in this worker, and a
+        sequence for its newest tokens."""
         from vllm.config import get_layers_from_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
+        from tq_vllm.plugin.recent import RecentTokens
+
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        recent = get_layers_from_vllm_config(self.vllm_config, RecentTokens)
         groups = self.model_runner.kv_cache_config.kv_cache_groups
+        newest = [group for group in groups if group.layer_names[0] in recent]
+        groups = [group for group in groups if group not in newest]
         return {
             "layers": [
                 {
@@ -38,6 +44,7 @@ class EngineReport:
                 for name, layer in layers.items()
             ],
             "bytes_per_token": sum(_page_bytes(group) / group.kv_cache_spec.block_size for group in groups),
+            "bytes_per_sequence": sum(_page_bytes(group) * _window_blocks(group.kv_cache_spec) for group in newest),
         }
 
 
@@ -47,6 +54,11 @@ def _page_bytes(group) -> int:
     if per_layer:
         return sum(spec.page_size_bytes for spec in per_layer.values())
     return len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+
+
+def _window_blocks(spec) -> int:
+    """Blocks that a sequence holds of a sliding window's cache between two steps."""
+    return -(-(spec.sliding_window - 1) // spec.block_size) + 1
 
 
 def _prompt(tokens: list[int]) -> dict:
@@ -99,7 +111,8 @@ def main() -> None:
     workers = llm.collective_rpc("engine_report")
     config = llm.llm_engine.vllm_config
     report = {
-        "bytes_per_token": sum(worker["bytes_per_token"] for worker in workers),
+        # What a sequence takes once counts over a window of text.
+        "bytes_per_token": sum(w["bytes_per_token"] + w["bytes_per_sequence"] / size.window_tokens for w in workers),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "vocab_size": config.model_config.get_vocab_size(),
         "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,

@@ -6,12 +6,14 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 import tq_vllm.ops  # noqa: F401  defines torch.ops.tq_vllm
+from tq_vllm.config import RECENT_PRESET
 from tq_vllm.ops import flash_ops
 from tq_vllm.plugin import key_offset as key_offsets
 from tq_vllm.plugin import key_scale as key_scales
-from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer
+from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer, check_recent_tokens
 from tq_vllm.plugin.flash import provide_flash_attention
 from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
+from tq_vllm.plugin.recent import RecentTokens
 from tq_vllm.plugin.startup import report_layer
 
 
@@ -22,6 +24,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py); of keys
             times key_scale.
         key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
+        recent: the newest tokens' own cache (see recent.py), or None.
         key_scale: fp32 [head_dim], or None: keys are stored times it, queries divided by it (see key_scale.py).
         positions: int32 [max_num_tokens], the buffer that the metadata builder fills; None without a key offset.
 
@@ -58,6 +61,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             alibi_slopes=alibi_slopes, head_dim=head_size, kv_cache_dtype=kv_cache_dtype, extra=extra
         )
         config = get_current_vllm_config()
+        check_recent_tokens(self.page.config, config)
+        self.layers = config.compilation_config.static_forward_context  # vLLM's list of layers with a cache, by name
+        self.recent: RecentTokens | None = None
         self.max_model_len = config.model_config.max_model_len
         self.max_num_reqs = config.scheduler_config.max_num_seqs
         cache_config = config.cache_config  # its block size is final only if the user gave one
@@ -78,6 +84,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         parent = None if self.owner is None else self.owner.parent()
         scale = key_scales.compute(parent, self.head_size)
         offset, why = key_offsets.compute(self, act_dtype)
+        if self.page.config.recent_tokens and self.recent is None and self.kv_sharing_target_layer_name is None:
+            name = next(name for name, layer in self.layers.items() if getattr(layer, "impl", None) is self)
+            self.recent = RecentTokens(name, self)
+            self.layers[self.recent.name] = self.recent
         self._keep("key_scale", scale)
         self._keep("key_offset", None if offset is None else self._scaled_key(offset))
         report_layer(self, act_dtype, why)
@@ -127,6 +137,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             positions = (self.positions if metadata is None else metadata.positions)[: key.shape[0]]
         key = self._scaled_key(key)
         torch.ops.tq_vllm.store_kv(key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype)
+        if self.recent is not None:
+            slots = get_forward_context().slot_mapping[self.recent.name]
+            torch.ops.tq_vllm.store_kv(
+                key, value, self.recent.kv_cache, slots, positions, self.key_offset, RECENT_PRESET
+            )
 
     def forward(
         self,
@@ -161,23 +176,28 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 self.sliding_window or 0, self.kv_cache_dtype,
             )  # fmt: skip
             return output.fill_(0)
+        recent = None if stored_by.recent is None else _metadata_of(stored_by.recent.name)
         if attn_metadata.decodes is not None:
-            self._attend(attn_metadata.decodes, query, None, None, kv_cache, stored_by.key_offset, output)
+            newest = recent and recent.decodes
+            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output)
         if attn_metadata.prefills is not None:
-            self._attend(attn_metadata.prefills, query, key, value, kv_cache, stored_by.key_offset, output)
+            newest = recent and recent.prefills
+            self._attend(attn_metadata.prefills, newest, query, key, value, kv_cache, stored_by, output)
         return output
 
     def _attend(
         self,
         requests: RequestSlice,
+        newest: RequestSlice | None,  # the same requests, with the blocks of their newest tokens
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        key_offset: torch.Tensor | None,
+        stored_by: "TurboQuantImpl",
         output: torch.Tensor,
     ) -> None:
         rows = requests.tokens
+        recent = () if newest is None else (stored_by.recent.kv_cache, newest.block_table, requests.older_lens)
         torch.ops.tq_vllm.attention(
             query[rows],
             None if key is None else key[rows],
@@ -186,7 +206,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             requests.block_table,
             requests.seq_lens,
             requests.query_start_loc,
-            key_offset,
+            stored_by.key_offset,
             self.sinks,
             output[rows],
             None,
@@ -197,6 +217,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.sliding_window or 0,
             self.logits_soft_cap,
             self.kv_cache_dtype,
+            *recent,
         )
 
 

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_vllm.plugin import key_mean
+from tq_vllm.plugin.dtype import config_of
 
 
 @dataclass
@@ -28,6 +29,7 @@ class RequestSlice:
     max_query_len: int
     max_seq_len: int  # upper bounds: of a sequence,
     total_seq_len: int  # and of the sum of them
+    older_lens: torch.Tensor | None  # int32 [num_reqs]: tokens but for the newest; None without recent_tokens
 
 
 @dataclass
@@ -82,12 +84,17 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.positions = None
+        config = config_of(kv_cache_spec)
+        self.recent_tokens = config.recent_tokens if config else 0
+        # Captured CUDA graphs read these buffers: they must not move.
+        num_tokens = _max_num_tokens(vllm_config)
+        self.older_lens = None
+        if self.recent_tokens:
+            self.older_lens = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         key_mean.take_waiting(vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         centred = [layer.impl for layer in layers if layer.impl.key_offset is not None]
         if centred:
-            # Captured CUDA graphs read this buffer: it must not move.
-            num_tokens = _max_num_tokens(vllm_config)
             self.token_index = torch.arange(num_tokens, dtype=torch.int32, device=device)
             self.positions = torch.zeros(num_tokens, dtype=torch.int32, device=device)
             for impl in centred:
@@ -106,6 +113,10 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
+        older_lens = None
+        if self.recent_tokens:
+            older_lens = self.older_lens[: common.num_reqs]
+            torch.sub(common.seq_lens[: common.num_reqs], self.recent_tokens, out=older_lens).clamp_(min=0)
         decodes = prefills = None
         if num_decodes:
             decodes = RequestSlice(
@@ -116,6 +127,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 max_query_len=min(common.max_query_len, self.reorder_batch_threshold),
                 max_seq_len=common.max_seq_len,
                 total_seq_len=num_decodes * common.max_seq_len,
+                older_lens=None if older_lens is None else older_lens[:num_decodes],
             )
         if num_prefills:
             lengths = _host_seq_lens(common)[num_decodes : common.num_reqs]
@@ -128,6 +140,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 max_query_len=common.max_query_len,
                 max_seq_len=int(lengths.max()),
                 total_seq_len=int(lengths.sum()),
+                older_lens=None if older_lens is None else older_lens[num_decodes:],
             )
         if self.positions is not None:
             self._write_positions(common)

@@ -3,6 +3,7 @@
 import torch
 from vllm.platforms import current_platform
 
+from tq_vllm.config import RECENT_PRESET
 from tq_vllm.ops.select import Call, NoKernelError, select
 from tq_vllm.plugin.compat import logger
 
@@ -21,7 +22,7 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
     page, config = impl.page, impl.page.config
     logger.info_once(
         "TurboQuant KV cache %s: K%sV%d, %d bytes per token and layer (%d KV heads of %d), "
-        "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s%s.",
+        "%.2f times smaller than bf16; decode by %s, prefill by %s, store by %s; keys %s: %s%s%s.",
         config.name,
         config.key_label,
         config.value_bits,
@@ -35,6 +36,7 @@ def report_layer(impl, dtype: torch.dtype, centring: str) -> None:
         "not centred" if impl.key_offset is None else "centred",
         centring,
         "" if impl.key_scale is None else "; key channels scaled by the weights of the norms",
+        f"; the newest {config.recent_tokens} tokens also in {RECENT_PRESET}" if config.recent_tokens else "",
     )
 
 
@@ -54,6 +56,7 @@ def _kernel(op: str, impl, dtype: torch.dtype, **step) -> str:
         sinks=impl.sinks is not None,
         sliding_window=bool(impl.sliding_window),
         logits_soft_cap=bool(impl.logits_soft_cap),
+        recent=op == "attention" and impl.page.config.recent_tokens > 0,
         **step,
     )
     try:
