@@ -20,9 +20,8 @@ BOUNDS = {
     "turboquant:k8v8": 0.0001,
     "turboquant:k4v4-r128": 0.0021,
     "turboquant": 0.0121,
-    "turboquant:k3v3": 0.052,
 }
-BYTES_PER_TOKEN = {"auto": 46_080, "turboquant:k8v8": 11_880, "turboquant": 6_120, "turboquant:k3v3": 4_680}  # README
+BYTES_PER_TOKEN = {"auto": 46_080, "turboquant:k8v8": 11_880, "turboquant": 6_120}  # README
 
 
 @pytest.fixture(scope="module")

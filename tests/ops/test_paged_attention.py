@@ -57,7 +57,8 @@ requests = st.lists(
 )
 def test_any_batch(requests, page, **fields):
     fields |= {"preset": page[0], "head_dim": page[1]}
-    Batch(seq_lens=tuple(r[0] for r in requests), query_lens=tuple(r[1] for r in requests), **fields).fill().check()
+    batch = Batch(seq_lens=tuple(r[0] for r in requests), query_lens=tuple(r[1] for r in requests), **fields)
+    batch.fill().check(3e-5 if batch.with_offset else 1e-5)  # offsets are several keys long, and so is float32's noise
 
 
 @pytest.mark.parametrize("fresh", [True, False])

@@ -73,7 +73,6 @@ CASES = {
         "sliding_window": 40, "logits_soft_cap": 5.0,
     },
     "K3V3 long prefill": {"preset": "turboquant:k3v3", "query_lens": (40, 40), "head_dim": 128, "group": 16},
-    "K5V4 prefill": {"preset": "turboquant:k5v4", "query_lens": (40, 40), "head_dim": 192},
     "K2V2 prefill, codes only": {"preset": "turboquant:k2v2", "fresh": False, "query_lens": (40, 40), "head_dim": 96},
     "T3 decode": {"preset": "turboquant:t3", "fresh": False, "query_lens": (1, 1), "head_dim": 128, "group": 4},
     "prod decode": {
@@ -86,7 +85,6 @@ CASES = {
 FLASH_CASES = {  # a buffer of 64 tokens: several passes
     "K4V4": {"head_dim": 128, "block_size": 64, "with_sinks": True},
     "K5V4 d256 offset": {"preset": "turboquant:k5v4", "head_dim": 256, "with_offset": True},
-    "K3V3 d96": {"preset": "turboquant:k3v3", "head_dim": 96, "group": 1},
     "T3": {"preset": "turboquant:t3", "head_dim": 128},
     "prod d256 offset": {"preset": "turboquant:prod", "head_dim": 256, "with_offset": True},
     "K8V8 f16": {"preset": "turboquant:k8v8", "head_dim": 64, "dtype": torch.float16},

@@ -19,7 +19,7 @@ def test_compiles(capability):
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "tests.triton.ahead_of_time", str(capability)],
-        cwd=root, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=root, env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("merge_kernel") == done.stdout.count("decode_kernel") == 5
