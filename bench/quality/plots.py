@@ -21,6 +21,8 @@ def family_of(name: str) -> str:
     """The curve of a row in the plots."""
     if name.startswith("turboquant:prod"):
         return "tq_vllm, prod"
+    if name.startswith("turboquant:") and name.endswith("-r128"):
+        return "tq_vllm, newest 128 finer"
     if name.startswith("turboquant"):
         return "tq_vllm"
     if name.startswith("TurboQuant paper"):
