@@ -14,7 +14,8 @@ def test_opcheck_store_kv():
 
 
 def test_opcheck_attention():
-    batch = Batch(with_offset=True, with_sinks=True).fill()
+    # In float64: outputs of two calls are compared, and float32's noise may show where offsets are long.
+    batch = Batch(with_offset=True, with_sinks=True, dtype=torch.float64).fill()
     fresh = batch.this_step(batch.keys), batch.this_step(batch.values)
     with_fresh, without = (*fresh, batch.key_offset, None, True), (None, None, None, batch.sinks, False)
     for key, value, offset, sinks, with_lse in (with_fresh, without):
