@@ -15,7 +15,7 @@ INSTANCES = {
     "store_kv_instance": [{"TQ_HEAD_DIM": d} for d in (64, 80, 96, 112, 128, 192, 256)],
     "decode_instance": [
         {"TQ_HEAD_DIM": d, "TQ_ROWS": rows}
-        for d, of_block in ((64, (4, 8, 16, 32)), (128, (4, 8, 16, 32)), (256, (4, 16)))
+        for d, of_block in ((64, (4, 8, 16, 24, 32)), (128, (4, 8, 16, 24, 32)), (256, (4, 16)))
         for rows in of_block
     ],
 }

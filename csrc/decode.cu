@@ -7,7 +7,8 @@
 namespace tq {
 
 // Head size, query rows: what fits the registers. setup.py has the same list.
-#define TQ_BLOCKS(X) X(64, 4) X(64, 8) X(64, 16) X(64, 32) X(128, 4) X(128, 8) X(128, 16) X(128, 32) X(256, 4) X(256, 16)
+#define TQ_BLOCKS(X) X(64, 4) X(64, 8) X(64, 16) X(64, 24) X(64, 32) X(128, 4) X(128, 8) X(128, 16) X(128, 24) \
+  X(128, 32) X(256, 4) X(256, 16)
 #define TQ_DECLARE(D, R) int launch_decode_##D##_##R(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream);
 TQ_BLOCKS(TQ_DECLARE)
 

@@ -33,7 +33,7 @@ struct DecodeParams {
 struct DecodeLaunch {
   int key_bits, value_bits, head_dim;
   int key_sketch;       // 1: keys have one
-  int rows;             // query rows a unit of work has: 4, 8, 16 or 32; of head size 256, 4 or 16; with a key sketch not above 8
+  int rows;             // query rows a unit of work has: 4, 8, 16, 24 or 32; of head size 256, 4 or 16; with a key sketch not above 8
   int max_query_len;    // of a request
   int num_ctas;         // one a multiprocessor
   int shared_bytes;     // what a CTA may have

@@ -29,7 +29,7 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
 }
 
 int TQ_NAME(TQ_HEAD_DIM, TQ_ROWS)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
-// Widths of keys and values, key sketch. Blocks of 16 and 32 rows know no key sketches.
+// Widths of keys and values, key sketch. Blocks of 16 rows and more know no key sketches.
 #ifdef TQ_DEFAULT_PRESET  // all that tests compile
 #define TQ_PRESETS(X) X(4, 4, 0)
 #else

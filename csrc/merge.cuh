@@ -162,7 +162,8 @@ auto launch_merge(const DecodeParams& p, int max_query_len, int num_shares, Laun
   const int num_units = p.num_reqs * p.num_kv_heads * max_row_blocks;
   int parts = 1;
   while (parts < MERGE_WARPS && num_shares / num_units + 2 > 12 * parts) parts *= 2;
-  const int rows = S::ROWS < MERGE_WARPS / parts ? S::ROWS : MERGE_WARPS / parts;
+  int rows = S::ROWS < MERGE_WARPS / parts ? S::ROWS : MERGE_WARPS / parts;
+  while (S::ROWS % rows) rows /= 2;
   return launch(parts == 1, num_units * (S::ROWS / rows), parts * rows, num_shares, max_row_blocks, parts);
 }
 

@@ -1,4 +1,4 @@
-// A block of 16 or 32 query rows in a warp: speculative verification, and groups of many heads.
+// A block of 16, 24 or 32 query rows in a warp: speculative verification, and groups of many heads.
 //
 // Scores as in row_block.cuh, but the rotated query stands in shared memory, in the order of the operands. Every code of a value
 // is used by all rows, so it is worth its conversion to float16 (exact), and O^T = V^T P^T is a dense float16 MMA m16n8k16:
@@ -19,6 +19,7 @@ template <class S> struct WideRowBlock : RowBlock<S> {
   using Base::all_begin, Base::all_end, Base::begin, Base::end;
   using typename Base::Coordinates, typename Base::Key, typename Base::Value;
   static constexpr float WIDE_OVERFLOW = 8192.0f, SCALE_OVERFLOW = 4.0f;
+  static constexpr int AT_ONCE = RT % 4 == 0 ? 4 : 3;  // row tiles whose queries are loaded together
 
   struct QueryBits {};
   struct RowInfo {
@@ -37,16 +38,16 @@ template <class S> struct WideRowBlock : RowBlock<S> {
     const int q = lane & 3, g = lane >> 2;
     __syncwarp();
 #pragma unroll 1
-    for (int first = 0; first < RT; first += 4) {  // what registers have room for waits for memory together
-      float bits[4][D / 64][8];
-      typename Base::Place at[4];
+    for (int first = 0; first < RT; first += AT_ONCE) {  // what registers have room for waits for memory together
+      float bits[AT_ONCE][D / 64][8];
+      typename Base::Place at[AT_ONCE];
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
+      for (int t = 0; t < AT_ONCE; t++) {
         at[t] = Base::place(p, c, 4 * (first + t) + q);
         load_bits(bits[t], p.query, at[t].query(p, c) + 8 * g, p.dtype, p.vector_rows, at[t].real);
       }
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
+      for (int t = 0; t < AT_ONCE; t++) {
         Coordinates x;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) x[n >> 3][n >> 2 & 1][n & 3] = float_of_bits(bits[t][n >> 3], n & 7, p.dtype);

@@ -76,16 +76,16 @@ def test_several_query_tokens(query_lens):
     check(tolerance=5e-4, head_dim=128, group=4, seq_lens=(10, 100, 700), query_lens=query_lens)
 
 
-@pytest.mark.parametrize("query_len", (4, 8))
+@pytest.mark.parametrize("query_len", (4, 6, 8))
 @pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, FORMATS)))
 def test_many_rows(head_dim, preset, query_len):
-    """16 and 32 query rows in a warp (16 of head size 256), with every option at once."""
+    """16, 24 and 32 query rows in a warp (16 of head size 256), with every option at once."""
     check(tolerance=5e-4, preset=preset, head_dim=head_dim, group=4, num_kv_heads=2, seq_lens=(2100, 17, 64, 700),
           query_lens=(query_len, 3, 2, query_len), sliding_window=600, logits_soft_cap=5.0, with_sinks=True,
           with_offset=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 8, (8, 1, 5))))
+@pytest.mark.parametrize("head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 8, (8, 1, 5)), (128, 4, (6, 3, 11))))
 def test_many_rows_of_other_shapes(head_dim, group, query_lens):
     check(tolerance=5e-4, head_dim=head_dim, group=group, seq_lens=(40, 900, 3000), query_lens=query_lens)
 

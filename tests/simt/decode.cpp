@@ -33,7 +33,7 @@ extern "C" int simt_attention(const tq::DecodeParams* params, const tq::DecodeLa
   TQ_TRY(2, 2, D, R) TQ_TRY(19, 19, D, R) TQ_TRY(18, 18, D, R)
   TQ_WIDTHS(128, 4) TQ_WIDTHS(64, 8) TQ_WIDTHS(256, 4)
   TQ_TRY(8, 8, 128, 32) TQ_TRY(5, 4, 128, 32) TQ_TRY(4, 4, 128, 32) TQ_TRY(3, 3, 128, 32) TQ_TRY(19, 19, 128, 32)
-  TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 64, 32) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 256, 16)
+  TQ_TRY(4, 4, 64, 4) TQ_TRY(4, 4, 128, 8) TQ_TRY(4, 4, 64, 16) TQ_TRY(4, 4, 64, 32) TQ_TRY(4, 4, 128, 16) TQ_TRY(4, 4, 128, 24) TQ_TRY(19, 19, 128, 24) TQ_TRY(4, 4, 256, 16)
   TQ_TRY(19, 19, 64, 32) TQ_TRY(19, 19, 256, 16)
   TQ_TRY_SKETCH(3, 4, 128, 4, 1) TQ_TRY_SKETCH(3, 4, 64, 8, 1) TQ_TRY_SKETCH(3, 4, 256, 4, 1) TQ_TRY_SKETCH(3, 4, 128, 8, 1)
   return 1;

@@ -11,7 +11,7 @@ from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
 MAX_QUERY_ROWS = 64  # of a request and KV head; they are read in blocks, each of which reads the cache
-ROWS = {64: (4, 8, 16, 32), 128: (4, 8, 16, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
+ROWS = {64: (4, 8, 16, 24, 32), 128: (4, 8, 16, 24, 32), 256: (4, 16)}  # query rows of a unit of work, by head size
 MAX_SKETCH_ROWS = 8  # the same with a key sketch
 
 
@@ -73,7 +73,8 @@ class _Launch(ctypes.Structure):
 def _rows_of(preset: str, head_dim: int, query_rows: int) -> int:
     """Query rows of a unit of work, for so many of a request and KV head: what fits a warp's registers."""
     allowed = [rows for rows in ROWS[head_dim] if rows <= MAX_SKETCH_ROWS or not get_config(preset).key_sketch]
-    return next((rows for rows in allowed if query_rows <= rows), allowed[-1])
+    blocks = -(-query_rows // allowed[-1])
+    return next(rows for rows in allowed if query_rows <= blocks * rows)
 
 
 def _launch_of(preset: str, head_dim: int, rows: int, max_query_len: int) -> _Launch:
