@@ -12,8 +12,10 @@ import math
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from kernel_plot import plot
 
 from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
@@ -257,7 +259,7 @@ def turboquant_4bit_nc_us(case: Case) -> float:
 def measure(case: Case, copy: float, rivals: bool) -> dict:
     """One row: microseconds, bytes per second and their share of the copy bandwidth, ratios to rivals."""
     decode = Decode(case)
-    row = {**asdict(case), "relative_error": decode.check()}
+    row = {"name": case.name, **asdict(case), "relative_error": decode.check()}
     row["us"] = median_us(decode.launch, decode.replicas)
     row["gb_per_s"] = case.cache_bytes / row["us"] * 1e-3
     row["of_copy"] = row["gb_per_s"] * 1e9 / copy
@@ -286,7 +288,7 @@ def parse(text: str) -> Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="*", type=parse, help="BATCHxCONTEXT[,preset=..,head_dim=..]; none: all")
-    parser.add_argument("--json", help="write the rows, the device, versions and the commit here")
+    parser.add_argument("--json", help="write the rows, the device, versions and the commit here, a plot beside it")
     parser.add_argument("--no-rivals", action="store_true", help="leave FlashAttention 3 out")
     arguments = parser.parse_args()
     copy = copy_bandwidth()
@@ -308,6 +310,7 @@ def main() -> None:
         head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "copy": copy}
         with open(arguments.json, "w") as file:
             json.dump({**head, "rows": rows}, file, indent=1)
+        print(plot(Path(arguments.json)))
 
 
 if __name__ == "__main__":
