@@ -13,7 +13,6 @@ from compare import distances, worst
 from engine import CUDA, FAULTS, GRAPHS, Phase, Request, Result, run
 
 from tq_vllm.config import PRESETS
-from tq_vllm.plugin.checks import NOT_RUN_ON_A_GPU
 
 pytestmark = pytest.mark.engine
 
@@ -114,12 +113,9 @@ def _preempted(text_ids):
 
 
 RECENT = "turboquant:k4v4-r128"  # codes of the default preset, and a cache of the newest tokens
-REFUSED = pytest.mark.skipif(CUDA and RECENT in NOT_RUN_ON_A_GPU, reason="refused on a GPU")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(RECENT, marks=REFUSED), "turboquant:k8v8", *(["turboquant"] if CUDA else [])]
-)
+@pytest.fixture(scope="module", params=[RECENT, "turboquant:k8v8", *(["turboquant"] if CUDA else [])])
 def runs(request, first_layers, crowd, text_ids, tmp_path_factory):
     runs = Runs(request.param, first_layers, crowd, text_ids, tmp_path_factory)
     yield runs

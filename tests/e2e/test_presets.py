@@ -11,7 +11,6 @@ from engine import Phase, Request, run
 
 from tq_vllm.cli.capacity import capacity_report
 from tq_vllm.config import PRESETS
-from tq_vllm.plugin.checks import NOT_RUN_ON_A_GPU
 
 pytestmark = pytest.mark.engine
 
@@ -51,12 +50,7 @@ no_fp8 = pytest.mark.skipif(
 )
 
 
-def _marks(name: str):
-    not_run = torch.cuda.is_available() and name in NOT_RUN_ON_A_GPU
-    return no_fp8 if name == "fp8" else pytest.mark.skipif(not_run, reason="refused on a GPU")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in PERPLEXITY])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=no_fp8 if name == "fp8" else ()) for name in PERPLEXITY])
 def test_capacity_and_perplexity(name, model, text_ids, tmp_path):
     request = Request("r", text_ids[:TOKENS], max_tokens=1, prompt_logprobs=True)
     engine = {"max_num_batched_tokens": 64, "max_model_len": 1280, "kv_cache_memory_bytes": MEMORY}

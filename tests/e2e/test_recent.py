@@ -8,13 +8,8 @@ import torch
 from compare import distances
 from engine import CUDA, GRAPHS, Phase, Request, run
 
-from tq_vllm.plugin.checks import NOT_RUN_ON_A_GPU
-
 PRESET, CODES_ALONE = "turboquant:k3v3-r128", "turboquant:k3v3"
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(CUDA and PRESET in NOT_RUN_ON_A_GPU, reason="refused on a GPU"),
-]
+pytestmark = pytest.mark.engine
 CLOSE = 0.05  # nats, as in test_features.py
 
 

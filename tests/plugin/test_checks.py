@@ -75,16 +75,6 @@ def test_old_gpus_are_refused(monkeypatch):
     check_selection(None, AttentionSelectorConfig(**GOOD))
 
 
-@pytest.mark.parametrize("preset", checks.NOT_RUN_ON_A_GPU)
-def test_presets_that_never_ran_on_a_gpu_are_refused_there(monkeypatch, preset):
-    config = AttentionSelectorConfig(**GOOD | {"kv_cache_dtype": preset})
-    check_selection(None, config)
-    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
-    with pytest.raises(UnsupportedByTurboQuantError, match=f"got {preset}, whose kernels") as caught:
-        check_selection(None, config)
-    _check_form(str(caught.value))
-
-
 def test_other_platforms_are_refused(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     _check_form(_refusal())

@@ -115,11 +115,8 @@ def test_every_other_dtype_is_as_before(result):
 
 
 def test_presets_get_the_backend_with_no_flag(result):
-    from tq_vllm.plugin.checks import NOT_RUN_ON_A_GPU
-
-    ours, *refused = sorted(result["ours"])
+    (ours,) = result["ours"]
     assert ours == "<class 'tq_vllm.plugin.backend.TurboQuantBackend'>" == result["sinks"]
-    assert len(refused) == len(NOT_RUN_ON_A_GPU) and all("have not run on one yet" in why for why in refused)
     assert "got multi-head latent attention (MLA)" in result["mla"]
 
 

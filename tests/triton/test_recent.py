@@ -8,10 +8,12 @@ from tests.triton.test_attention import DEVICE, TOLERANCE, moved
 from tests.triton.test_flash import check as check_flash
 from tests.triton.test_flash import flash, shrink_workspace  # noqa: F401  flash is a fixture
 from tq_vllm.ops import select as select_module
+from tq_vllm.ops.cuda_library import why_missing
 
 PRESET = "turboquant:k3v3-r128"
 EVERYTHING = {"with_sinks": True, "with_offset": True, "logits_soft_cap": 5.0}
 LENGTHS = {"seq_lens": (300, 130, 127, 5), "query_lens": (4, 4, 3, 4)}  # also rows without an older token
+CUDA_TOLERANCE = (2e-4, 1e-3)  # of out and lse: its weights are two bytes (tests/gpu/test_decode_cuda.py)
 
 
 @pytest.fixture
@@ -37,9 +39,11 @@ def check(**fields):
     batch = Batch(preset=PRESET, fresh=False, **fields).fill()
     out, lse = batch.attend()
     expected, expected_lse = batch.expected()
-    used, tolerance = sum(batch.query_lens), 2 * TOLERANCE[batch.dtype]  # each part is rounded
-    assert (out[:used].double() - expected[:used]).norm() <= tolerance * expected[:used].norm()
-    torch.testing.assert_close(lse[:, :used].double(), expected_lse[:, :used], rtol=tolerance, atol=tolerance)
+    used, least = sum(batch.query_lens), CUDA_TOLERANCE if DEVICE == "cuda" and why_missing() is None else (0, 0)
+    of_out, of_lse = (2 * max(x, TOLERANCE[batch.dtype]) for x in least)  # each part is rounded
+    error = ((out[:used].double() - expected[:used]).norm() / expected[:used].norm()).item()
+    assert error <= of_out, f"{error:.2e}"
+    torch.testing.assert_close(lse[:, :used].double(), expected_lse[:, :used], rtol=of_lse, atol=of_lse)
     assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
     assert torch.equal(batch.attend(lse=False)[0], out)
 

@@ -12,17 +12,12 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM
-from tq_vllm.config import PRESETS, TurboQuantConfig, get_config
+from tq_vllm.config import TurboQuantConfig, get_config
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage, head_dims_of, recent_block_size
 from tq_vllm.plugin.compat import BACKEND_NAME, logger
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_DTYPE = "--kv-cache-dtype auto"
-
-# Their kernels are compiled and simulated (tests/simt), and have not run on a GPU yet.
-NOT_RUN_ON_A_GPU = (
-    "turboquant:t3", "turboquant:t2", "turboquant:prod", "turboquant:k4v4-r128", "turboquant:k3v3-r128",
-)  # fmt: skip
 
 # Kernels load whole runs of tiles: pages of 64 tokens read faster than pages of 16, and a segment of the key offset
 # never cuts a page.
@@ -75,16 +70,12 @@ def check_selection(selected_backend, selector_config) -> None:
     ):
         if is_set:
             _refuse(what, "on", "off", instead)
-    check_platform(config.name)
+    check_platform()
 
 
-def check_platform(preset: str) -> None:
-    """Refuse devices that no kernel of this package is written for, or that none of the preset's has run on."""
+def check_platform() -> None:
+    """Refuse devices that no kernel of this package is written for."""
     if current_platform.is_cuda():
-        if preset in NOT_RUN_ON_A_GPU:
-            ran = ", ".join(name for name in PRESETS if name not in NOT_RUN_ON_A_GPU)
-            got = f"{preset}, whose kernels have not run on one yet"
-            _refuse("--kv-cache-dtype on a GPU", got, ran, "one of these")
         capability = current_platform.get_device_capability()
         if capability is not None and tuple(capability) < MIN_CUDA_CAPABILITY:
             _refuse("GPU compute capability", "{}.{}".format(*capability), "8.0 (Ampere) and later")
