@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import Phase, Request, run
+from engine import CUDA, Phase, Request, run
 
 from tq_vllm.cli.capacity import capacity_report
 from tq_vllm.config import PRESETS
@@ -45,7 +45,7 @@ def test_every_preset_has_a_gate():
 
 
 no_fp8 = pytest.mark.skipif(
-    not torch.cuda.is_available() and "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    not CUDA and "AVX512" not in torch.backends.cpu.get_cpu_capability(),
     reason="vLLM's fp8 cache on a CPU needs AVX-512",
 )
 
@@ -56,8 +56,9 @@ def test_capacity_and_perplexity(name, model, text_ids, tmp_path):
     engine = {"max_num_batched_tokens": 64, "max_model_len": 1280, "kv_cache_memory_bytes": MEMORY}
     result = run(model, {"kv_cache_dtype": name} | engine, [Phase("read", [request])], tmp_path)
     config = json.loads((Path(model) / "config.json").read_text())
-    report = capacity_report(config, MEMORY, device="cpu", max_model_len=1280, max_num_batched_tokens=64)
-    for predicted in (row for row in report["formats"] if row["name"] == name):  # auto is float32 here: not a row
+    device = "cuda" if CUDA else "cpu"
+    report = capacity_report(config, MEMORY, device=device, max_model_len=1280, max_num_batched_tokens=64)
+    for predicted in (row for row in report["formats"] if row["name"] == name):  # auto has no row of that name
         assert result.capacity == predicted["num_blocks"] * result.block_size
         assert f"KV cache size: {predicted['num_tokens']:,} tokens" in (tmp_path / "engine.log").read_text()
     logprobs = result.phases["read"]["r"].prompt_logprobs

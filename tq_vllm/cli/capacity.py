@@ -94,8 +94,7 @@ def capacity_report(
                 **asdict(blocks),
             }
         )
-    centred = shape.centred_by == "bias" or (shape.centred_by == "mean" and device == "cpu")  # plugin/key_mean.py
-    segments = -(-max_model_len // SEGMENT_TOKENS) if centred else 0
+    segments = -(-max_model_len // SEGMENT_TOKENS) if shape.centred_by else 0
     return {
         **asdict(shape),
         "tensor_parallel_size": tensor_parallel_size,
