@@ -55,9 +55,7 @@ def test_the_offset_saves_a_model_with_a_key_bias(biased_model, text_ids, tmp_pa
     uncompressed = _perplexity(run(biased_model, engine, phases, tmp_path))
     centred = _perplexity(run(biased_model, engine | {"kv_cache_dtype": "turboquant"}, phases, tmp_path))
     assert "keys centred: by the bias of the key projection" in (tmp_path / "engine.log").read_text()
-    without = _perplexity(
-        run(biased_model, engine | {"kv_cache_dtype": "turboquant"}, phases, tmp_path, centred=False)
-    )
+    without = _perplexity(run(biased_model, engine | {"kv_cache_dtype": "turboquant"}, phases, tmp_path, centred=False))
     print(f"perplexity {uncompressed:.2f} uncompressed, {centred:.2f} turboquant, {without:.1f} without its key offset")
     assert centred < 1.05 * uncompressed
     assert without > 2 * centred

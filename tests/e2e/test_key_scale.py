@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import distances
-from engine import Phase, Request, Result, run
+from engine import CUDA, Phase, Request, Result, run
 
 pytestmark = pytest.mark.engine
 
@@ -38,11 +38,13 @@ def test_unbalanced_norms_are_served_like_balanced_ones(text_ids, tmp_path):
     balanced, unbalanced = _save(tmp_path / "a", torch.ones(32)), _save(tmp_path / "b", factors)
 
     def served(model: str, dtype: str) -> Result:
-        engine = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True, "kv_cache_dtype": dtype}
+        engine = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True}
+        engine |= {"kv_cache_dtype": dtype, "dtype": "float32"}
         return run(model, engine, phases, tmp_path)
 
     exact = served(balanced, "auto")
-    assert _farthest(exact, served(unbalanced, "auto")) < 1e-3, "the same model, but for the last digits"
+    last_digits = 1e-2 if CUDA else 1e-3  # products of float32 are rounded to fewer bits on a GPU
+    assert _farthest(exact, served(unbalanced, "auto")) < last_digits, "the same model, but for the last digits"
     coded = served(balanced, "turboquant:k3v3")
     assert "scaled by the weights of the norms" in (tmp_path / "engine.log").read_text()
     error, difference = _farthest(exact, coded), _farthest(coded, served(unbalanced, "turboquant:k3v3"))

@@ -46,4 +46,3 @@ def test_ready_line_then_a_curl_line_that_answers(model):
         server.communicate(timeout=90)
     assert server.returncode == 0
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers), "vLLM stops with the command that started it"
-

@@ -85,7 +85,10 @@ def test_many_rows(head_dim, preset, query_len):
           with_offset=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 8, (8, 1, 5)), (128, 4, (6, 3, 11))))
+@pytest.mark.parametrize(
+    "head_dim, group, query_lens",
+    ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 8, (8, 1, 5)), (128, 4, (6, 3, 11))),
+)
 def test_many_rows_of_other_shapes(head_dim, group, query_lens):
     check(tolerance=5e-4, head_dim=head_dim, group=group, seq_lens=(40, 900, 3000), query_lens=query_lens)
 

@@ -123,7 +123,8 @@ def test_many_rows(preset):
 
 @pytest.mark.parametrize("preset", ["turboquant", "turboquant:t3"])
 @pytest.mark.parametrize(
-    "head_dim, group, query_lens", ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 4, (16, 1, 9)), (128, 4, (6, 3, 11)))
+    "head_dim, group, query_lens",
+    ((64, 16, (1, 1, 4)), (256, 3, (4, 2, 7)), (128, 4, (16, 1, 9)), (128, 4, (6, 3, 11))),
 )
 def test_many_rows_of_other_shapes(preset, head_dim, group, query_lens):
     """Blocks that are not full, and several of a request."""
