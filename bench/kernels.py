@@ -62,7 +62,7 @@ class Case:
 
 
 HEADLINE = [(32, 8192), (8, 32768), (64, 4096), (1, 131072), (1, 32768), (256, 1024), (1, 2048), (8, 1024)]
-WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k3v2", "k2v2", "prod")
+WIDTHS = ("k8v8", "k8v4", "k5v4", "k4v3", "k3v3", "k3v2", "k2v2", "t3", "t2", "prod")
 
 
 def default_cases() -> list[Case]:
@@ -72,7 +72,7 @@ def default_cases() -> list[Case]:
     cases += [Case(32, 8192, head_dim=64), Case(32, 8192, head_dim=256, num_heads=16, num_kv_heads=4)]
     cases += [Case(32, 8192, key_offset=1), Case(1, 2048, key_offset=1)]
     cases += [Case(32, 8192, kernel="triton"), Case(8, 32768, kernel="triton")]
-    return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 8, 16)]
+    return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 6, 8, 12, 16)]
 
 
 def median_us(launch, count: int, replays: int = 15) -> float:

@@ -115,7 +115,7 @@ def main() -> None:
         "bytes_per_token": sum(w["bytes_per_token"] + w["bytes_per_sequence"] / size.window_tokens for w in workers),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "vocab_size": config.model_config.get_vocab_size(),
-        "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+        "kv_tokens": config.cache_config.kv_cache_size_tokens,  # as the engine prints it
     }
     arrays = {}
     try:
