@@ -8,8 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+from tq_vllm.cli.engine_log import KV_CACHE_SIZE, log_error
 from tq_vllm.cli.progress import StatusLine
-from tq_vllm.cli.serve_demo import ERROR_LINE, KV_CACHE_SIZE, WRAPPERS
 
 BENCH_DIRECTORY = Path(__file__).parents[1]
 REPOSITORY = BENCH_DIRECTORY.parent
@@ -17,13 +17,6 @@ REPOSITORY = BENCH_DIRECTORY.parent
 
 class RowFailedError(RuntimeError):
     """No figures for a cache dtype: its engine did not start, stopped, or took too long. The text is the reason."""
-
-
-def log_error(text: str, returncode: int) -> str:
-    """The error that stopped vLLM, out of its log: the last that does not merely report another."""
-    found = [m["message"].strip() for line in text.splitlines() if (m := ERROR_LINE.search(line))]
-    causes = [message for message in found if not message.startswith(WRAPPERS)]
-    return (causes or found or [f"it left with exit code {returncode}"])[-1]
 
 
 def kv_tokens(text: str) -> int | None:

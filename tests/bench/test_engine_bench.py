@@ -10,9 +10,11 @@ import serve
 import throughput
 from engine_bench import options, process, rows
 from engine_bench.gate import GateRefusedError, check_answer, check_attention, check_logprobs
-from engine_bench.process import EngineProcess, RowFailedError, kv_tokens, log_error
+from engine_bench.process import EngineProcess, RowFailedError, kv_tokens
 from engine_bench.shapes import SHAPES, write_shape
 from engine_bench.workloads import WORKLOADS
+
+from tq_vllm.cli.engine_log import log_error
 
 REPORT = {"dtype": "bfloat16", "max_model_len": 8704, "max_num_batched_tokens": 8192}
 THROUGHPUT_LOG = """\
@@ -256,6 +258,8 @@ def test_a_process_past_its_time_is_ended(tmp_path):
 
 def test_the_cause_is_found_in_a_log():
     log = "ValueError: block too small\nRuntimeError: Engine core initialization failed. See root cause above."
+    assert log_error(log, 1) == "block too small"
+    log = f"[rank0]: {log}\n[rank0]:[W1] Warning: destroy_process_group() was not called"
     assert log_error(log, 1) == "block too small"
     assert log_error("nothing", 137) == "it left with exit code 137"
 

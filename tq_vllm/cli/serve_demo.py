@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tq_vllm.cli.config_file import read_config
 from tq_vllm.cli.demo_model import NAME, cache_dir, demo_model
+from tq_vllm.cli.engine_log import KV_CACHE_SIZE, log_error
 from tq_vllm.cli.model_config import model_shape
 from tq_vllm.cli.progress import StatusLine, StepFailed
 from tq_vllm.config import PRESETS, UnknownPresetError, get_config
@@ -28,10 +29,6 @@ from tq_vllm.format import TurboQuantPage
 HOST = "127.0.0.1"
 # On a CPU, compiling costs over a minute a start and gains nothing, and vLLM's default cache is most of the memory.
 CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
-
-KV_CACHE_SIZE = re.compile(r"KV cache size: ([\d,]+) tokens")
-ERROR_LINE = re.compile(r"(?:\b\w+Error\b: |Value error, |\berror: )(?P<message>.+)")
-WRAPPERS = ("Engine core initialization failed", "EngineCore encountered an issue", "WorkerProc initialization failed")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -140,10 +137,8 @@ class Server:
         status.end(f"done in {status.elapsed():.0f} s")
 
     def error(self) -> str:
-        """The error that stopped vLLM, out of its log: the last that does not merely report another."""
-        found = [m["message"].strip() for line in self.log.open(errors="replace") if (m := ERROR_LINE.search(line))]
-        causes = [message for message in found if not message.startswith(WRAPPERS)]
-        return (causes or found or [f"it left with exit code {self.process.returncode}"])[-1]
+        """The error that stopped vLLM."""
+        return log_error(self.log.read_text(errors="replace"), self.process.returncode)
 
     def stop(self) -> None:
         """End the server and everything it started."""

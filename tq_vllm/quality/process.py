@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tq_vllm.cli.engine_log import log_error
 from tq_vllm.quality.gate import RefusedError
 from tq_vllm.quality.metrics import Distributions
 from tq_vllm.quality.tasks import Size
@@ -76,7 +76,7 @@ def run_engine(
                 process.terminate()
                 process.wait(30)
     if process.returncode:
-        raise EngineFailedError(_error(log.read_text(errors="replace"), process.returncode))
+        raise EngineFailedError(log_error(log.read_text(errors="replace"), process.returncode))
     return load_result(result)
 
 
@@ -92,10 +92,3 @@ def load_result(path: Path) -> Result:
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace")[-400:].split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _error(log: str, returncode: int) -> str:
-    """The exception that ended the process: the last line of a traceback."""
-    lines = [line.strip() for line in log.splitlines()]
-    found = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return found[-1] if found else f"it left with exit code {returncode}: {lines[-1] if lines else 'no output'}"
