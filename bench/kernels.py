@@ -69,10 +69,11 @@ def default_cases() -> list[Case]:
     cases = [Case(batch, context) for batch, context in HEADLINE]
     cases += [Case(32, 8192, preset=f"turboquant:{widths}") for widths in WIDTHS]
     cases += [Case(32, 8192, num_heads=64), Case(32, 8192, num_heads=8), Case(32, 8192, block_size=16)]
+    cases += [Case(32, 8192, num_heads=8, num_kv_heads=1), Case(32, 8192, num_kv_heads=1)]
     cases += [Case(32, 8192, head_dim=64), Case(32, 8192, head_dim=256, num_heads=16, num_kv_heads=4)]
     cases += [Case(32, 8192, key_offset=1), Case(1, 2048, key_offset=1)]
     cases += [Case(32, 8192, kernel="triton"), Case(8, 32768, kernel="triton")]
-    return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 6, 8, 12, 16)]
+    return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 5, 6, 8, 12, 16)]
 
 
 def median_us(launch, count: int, replays: int = 15) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK = 8192  # tokens of a step
+PROFILED_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,30 @@ def answer(engine, name: str, prompts: list[list[int]], params) -> tuple[float, 
     return start, first, steps
 
 
+def profile(engine, workload: Workload) -> dict:
+    """Kernels of PROFILED_STEPS steps in which every request of the batch decodes (step_profile.py)."""
+    import numpy
+    from engine_bench.step_profile import Kernel, profile_steps
+    from vllm import SamplingParams
+
+    random = numpy.random.default_rng(99)
+    vocab_size = engine.model_config.get_vocab_size()
+    params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True)
+    for i in range(workload.batch):
+        tokens = random.integers(10, vocab_size - 10, workload.cached + workload.input_len).tolist()
+        engine.add_request(f"profile-{i}", {"prompt_token_ids": tokens}, params.clone())
+    decoding: set[str] = set()
+    while len(decoding) < workload.batch:
+        decoding.update(output.request_id for output in engine.step() if output.outputs[0].token_ids)
+    engine.collective_rpc("start_profile_of_kernels")
+    for _ in range(PROFILED_STEPS):
+        engine.step()
+    kernels = engine.collective_rpc("stop_profile_of_kernels")[0]
+    while engine.has_unfinished_requests():
+        engine.step()
+    return profile_steps([Kernel(*kernel) for kernel in kernels], PROFILED_STEPS)
+
+
 def worker(settings: dict) -> None:
     """One engine: the gate, then every workload; settings["result"] gets the rows so far as JSON after each."""
     from engine_bench.offline import check_engine
@@ -113,6 +138,8 @@ def worker(settings: dict) -> None:
         if times[0][1] is not None:
             per_token = sorted(t[1] for t in times)[middle]
             row |= {"tpot_ms": per_token * 1e3, "decode_tokens_per_s": workload.batch / per_token}
+            if settings["profile"]:
+                row["profile"] = profile(llm.llm_engine, workload)
         rows.append(row)
         Path(settings["result"]).write_text(json.dumps({"attention": report["attention"], "rows": rows}))
 
@@ -149,6 +176,7 @@ def main() -> None:
     from engine_bench.process import BENCH_DIRECTORY, EngineProcess, RowFailedError
     from engine_bench.rows import provenance
     from engine_bench.shapes import SHAPES, write_shape
+    from engine_bench.step_profile import step_table
 
     from tq_vllm.cli.capacity import parse_memory
     from tq_vllm.cli.table import print_table
@@ -162,9 +190,13 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine (default 1)")
     parser.add_argument("--capture-sizes", help="CUDA graph capture sizes, comma-separated, for the dtypes of vLLM "
                         f"that hang while capturing all ({', '.join(SLOW_TO_CAPTURE)}), as 1,2,4,8,16")  # fmt: skip
+    parser.add_argument("--profile", action="store_true",
+                        help="also show the kernels of a decode step and the gaps between them")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=900, help="seconds one dtype may take")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     options = parser.parse_args()
+    if options.profile and not torch.cuda.is_available():
+        parser.error("--profile records kernels of a GPU, and there is none: leave it out.")
     options.out.mkdir(parents=True, exist_ok=True)
     model = str(write_shape(options.shape, Path(tempfile.gettempdir()) / "tq_vllm_shapes"))
     found: dict[str, dict] = {}
@@ -176,6 +208,7 @@ def main() -> None:
         settings = {"model": model, "kv_cache_dtype": dtype, "memory": parse_memory(options.kv_cache_memory),
                     "dummy": True, "workloads": options.workloads.split(","), "result": str(result.resolve()),
                     "eager": not torch.cuda.is_available(), "tensor_parallel_size": options.tensor_parallel_size,
+                    "profile": options.profile,
                     "capture_sizes": [int(size) for size in short.split(",")] if short else None}  # fmt: skip
         command = [sys.executable, str(BENCH_DIRECTORY / "latency.py"), "--worker", json.dumps(settings)]
         status = "done"
@@ -194,6 +227,11 @@ def main() -> None:
         (options.out / "latency.json").write_text(json.dumps(provenance() | settings | {"dtypes": found}, indent=2))
     gpus = f"tensor parallel {options.tensor_parallel_size}, {options.kv_cache_memory} of KV cache on each GPU"
     print_table(f"{options.shape}, {gpus}", *table(found), notes)
+    for dtype, report in found.items():
+        for row in report["rows"]:
+            if found_profile := row.get("profile"):
+                title = "{}, {}: {us:.0f} us a step (mean of {steps}), {idle_us:.0f} of them idle"
+                print_table(title.format(row["workload"], dtype, **found_profile), *step_table(found_profile), [])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,21 @@
 
 
 class AttentionReport:
-    """Mixed into vLLM's worker: one more method that `collective_rpc` can call."""
+    """Mixed into vLLM's worker: more methods that `collective_rpc` can call."""
+
+    def start_profile_of_kernels(self) -> None:
+        """Record every kernel of this GPU from now on."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.kernel_profile = profile(activities=[ProfilerActivity.CUDA])
+        self.kernel_profile.start()
+
+    def stop_profile_of_kernels(self) -> list[tuple[str, float, float]]:
+        """Name, start and duration of what was recorded, microseconds."""
+        self.kernel_profile.stop()
+        events = self.kernel_profile.profiler.kineto_results.events()
+        on_gpu = [event for event in events if event.device_type().name == "CUDA"]
+        return [(event.name(), event.start_ns() / 1e3, event.duration_ns() / 1e3) for event in on_gpu]
 
     def attention_report(self) -> dict:
         """Layers with their attention class and cache dtype, the engine's settings and its device."""

@@ -33,6 +33,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--dtype", help="of the model (default: float32 on a CPU, the checkpoint's on a GPU)")
     parser.add_argument("--kv-cache-memory", type=parse_memory, metavar="SIZE",
                         help=f"of every engine (default: {CPU_MEMORY} on a CPU, vLLM's own on a GPU)")  # fmt: skip
+    parser.add_argument("--enforce-eager", action="store_true",
+                        help="as vLLM's: engines without torch.compile and CUDA graphs start sooner")  # fmt: skip
     parser.add_argument("--top", type=int, default=TOP, metavar="K",
                         help=f"log-probabilities kept at a position, -1: all (default {TOP})")  # fmt: skip
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep vLLM's logs there")
@@ -81,7 +83,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> tuple[list[dict],
     options = {"dtype": arguments.dtype or ("auto" if cuda else "float32")}
     options["max_model_len"] = longest
     options |= {"kv_cache_memory_bytes": memory} if memory else {}
-    options |= {} if cuda else {"enforce_eager": True}  # compiling on a CPU takes a minute and gains nothing
+    options["enforce_eager"] = arguments.enforce_eager or not cuda  # compiling on a CPU takes a minute, gains nothing
 
     def row_of(name: str, dtype: str, chunk: int, reference, size=size):
         status = None if arguments.json else StatusLine(name)
