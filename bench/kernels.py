@@ -20,7 +20,7 @@ from kernel_plot import plot
 from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import SEGMENT_TOKENS
-from tq_vllm.ops import cuda_attention, triton_ops
+from tq_vllm.ops import cuda_attention, cuda_ops, triton_ops
 from tq_vllm.ops.torch_pages import get_page, read_sketches, read_tokens
 
 BYTES_PER_REPLAY = 400 << 20  # of distinct cache read by one replay, at least
@@ -46,6 +46,7 @@ class Case:
     block_size: int = 64
     key_offset: int = 0  # 1: keys are centred
     kernel: str = "cuda"  # or "triton"
+    step: int = 0  # 1: a layer's part of a step: a kernel of the model, the write of the query tokens, attention
 
     @property
     def cache_bytes(self) -> int:
@@ -57,6 +58,7 @@ class Case:
         heads = f"{self.num_heads}/{self.num_kv_heads}"
         options = "" if self.kernel == "cuda" else f" {self.kernel}"
         options += " offset" if self.key_offset else ""
+        options += " step" if self.step else ""
         options += "" if self.block_size == 64 else f" page{self.block_size}"
         return f"{self.preset:16} d{self.head_dim:<3} {heads:5} q{self.query_len} {self.batch}x{self.context}{options}"
 
@@ -73,6 +75,7 @@ def default_cases() -> list[Case]:
     cases += [Case(32, 8192, head_dim=64), Case(32, 8192, head_dim=256, num_heads=16, num_kv_heads=4)]
     cases += [Case(32, 8192, key_offset=1), Case(1, 2048, key_offset=1)]
     cases += [Case(32, 8192, kernel="triton"), Case(8, 32768, kernel="triton")]
+    cases += [Case(batch, context, step=1) for batch, context in ((1, 1024), (8, 1024), (32, 8192))]
     return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 5, 6, 8, 12, 16)]
 
 
@@ -94,6 +97,13 @@ def median_us(launch, count: int, replays: int = 15) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / count)
     return statistics.median(times[3:])
+
+
+def newest_slots(block_tables: torch.Tensor, case: Case, block_size: int | None = None) -> torch.Tensor:
+    """Where the query tokens stand in every replica: int64 [replicas, batch * query_len]."""
+    block_size = block_size or case.block_size
+    positions = torch.arange(case.context - case.query_len, case.context, device="cuda")
+    return (block_tables[:, :, positions // block_size].long() * block_size + positions % block_size).flatten(1)
 
 
 def copy_bandwidth(copies: int = 10) -> float:
@@ -136,17 +146,25 @@ class Decode:
         self.out = torch.empty_like(self.query)
         self.softmax_scale = case.head_dim**-0.5
         self.attention = {"cuda": cuda_attention.attention, "triton": triton_ops.attention}[case.kernel]
+        if case.step:
+            self.source = torch.randn_like(self.query)
+            self.key, self.value = torch.randn(2, num_tokens, *shape[1:2], case.head_dim, device="cuda").bfloat16()
+            self.slots = newest_slots(self.block_tables, case)
         self.key_offset = None
         if case.key_offset:
             shape = (math.ceil(case.context / SEGMENT_TOKENS), case.num_kv_heads, case.head_dim)
             self.key_offset = torch.randn(shape, device="cuda").bfloat16()
 
     def launch(self, i: int) -> None:
-        case = self.case
+        case, early = self.case, {}
+        if case.step:
+            torch.neg(self.source, out=self.query)
+            cuda_ops.store_kv(self.key, self.value, self.kv_cache, self.slots[i], None, None, case.preset)
+            early = {"after_store": True}
         self.attention(
             self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc,
             self.key_offset, None, self.out, None, self.softmax_scale, case.query_len, case.context,
-            case.batch * case.context, 0, 0.0, case.preset,
+            case.batch * case.context, 0, 0.0, case.preset, **early,
         )  # fmt: skip
 
     def reference(self, request: int) -> torch.Tensor:
@@ -191,6 +209,7 @@ class Decode:
 
 def flash_attention_us(case: Case, fp8: bool) -> float:
     """Time of FlashAttention 3 of vLLM on a paged bf16 or fp8 cache of the same tokens."""
+    from vllm._custom_ops import reshape_and_cache_flash
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
@@ -210,6 +229,12 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
     query = torch.randn(num_tokens, case.num_heads, case.head_dim, device="cuda").to(dtype)
     out = torch.empty(query.shape, dtype=torch.bfloat16, device="cuda")
     scale = torch.ones(case.batch, case.num_kv_heads, device="cuda") if fp8 else None
+    if case.step:
+        query_bits = query.view(torch.int8 if fp8 else torch.int16)
+        source, one = query_bits.clone(), torch.ones(1, device="cuda")
+        newest = torch.randn(2, num_tokens, case.num_kv_heads, case.head_dim, device="cuda").bfloat16()
+        slots = newest_slots(tables, case, block_size)
+        caches = (key.view(torch.uint8), value.view(torch.uint8)) if fp8 else (key, value)
     metadata = get_scheduler_metadata(
         batch_size=case.batch, max_seqlen_q=case.query_len, max_seqlen_k=case.context, num_heads_q=case.num_heads,
         num_heads_kv=case.num_kv_heads, headdim=case.head_dim, cache_seqlens=seq_lens, qkv_dtype=dtype,
@@ -217,6 +242,9 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
     )  # fmt: skip
 
     def launch(i: int) -> None:
+        if case.step:
+            torch.abs(source, out=query_bits)  # some kernel
+            reshape_and_cache_flash(*newest, *caches, slots[i], "fp8" if fp8 else "auto", one, one)
         flash_attn_varlen_func(
             q=query, k=key, v=value, out=out, cu_seqlens_q=query_start_loc, max_seqlen_q=case.query_len,
             seqused_k=seq_lens, max_seqlen_k=case.context, softmax_scale=case.head_dim**-0.5, causal=True,

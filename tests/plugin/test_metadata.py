@@ -105,8 +105,6 @@ def test_positions_live_in_one_buffer(tiny_config, attention_layer):
     assert first[:2].tolist() == [39, 6]
     second = builder.build(0, _common([1, 6], [41, 70])).positions
     assert second.data_ptr() == address and second[:7].tolist() == [40, 64, 65, 66, 67, 68, 69]
-    layer = builder.vllm_config.compilation_config.static_forward_context[LAYER]
-    assert layer.impl.positions.data_ptr() == address
 
 
 def test_non_causal_batches_are_refused(tiny_config, attention_layer):

@@ -26,7 +26,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
         recent: the newest tokens' own cache (see recent.py), or None.
         key_scale: fp32 [head_dim], or None: keys are stored times it, queries divided by it (see key_scale.py).
-        positions: int32 [max_num_tokens], the buffer that the metadata builder fills; None without a key offset.
 
     Raises:
         UnsupportedByTurboQuantError: on construction, for attention features that the cache does not have.
@@ -72,7 +71,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.key_mean: torch.Tensor | None = None
         self.key_scale: torch.Tensor | None = None
         self.not_centred: str | None = None
-        self.positions: torch.Tensor | None = None
         self.owner: key_offsets.Owner | None = None
         self.pipeline_parallel = config.parallel_config.pipeline_parallel_size > 1
         provide_flash_attention()
@@ -122,26 +120,27 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """Keep the layer's keys uncentred from now on, through reloads too."""
         self.key_offset, self.not_centred = None, why
 
-    def do_kv_cache_update(
+    def _store(
         self,
         layer: AttentionLayer,
-        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
-        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
-        kv_cache: torch.Tensor,  # uint8 [num_blocks, num_kv_heads, block_size, slot_bytes]
-        slot_mapping: torch.Tensor,  # int64 [num_slots <= num_tokens]
-    ) -> None:
-        positions = None
-        if self.key_offset is not None:
-            metadata = _metadata_of(layer.layer_name)
-            # Graph capture may come without metadata: what it records must read the builder's buffer all the same.
-            positions = (self.positions if metadata is None else metadata.positions)[: key.shape[0]]
-        key = self._scaled_key(key)
-        torch.ops.tq_vllm.store_kv(key, value, kv_cache, slot_mapping, positions, self.key_offset, self.kv_cache_dtype)
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], scaled
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        positions: torch.Tensor | None,  # int32 [num_tokens or more]
+    ) -> bool:
+        """Write this step's tokens; say whether there were any slots."""
+        slot_mappings = get_forward_context().slot_mapping  # int64 [num_slots <= num_tokens], by layer
+        slots = slot_mappings.get(layer.layer_name)
+        if slots is None or len(slots) == 0:  # a dummy run
+            return False
+        positions = positions if self.key_offset is None else positions[: key.shape[0]]
+        torch.ops.tq_vllm.store_kv(key, value, kv_cache, slots, positions, self.key_offset, self.kv_cache_dtype)
         if self.recent is not None:
-            slots = get_forward_context().slot_mapping[self.recent.name]
             torch.ops.tq_vllm.store_kv(
-                key, value, self.recent.kv_cache, slots, positions, self.key_offset, RECENT_PRESET
-            )
+                key, value, self.recent.kv_cache, slot_mappings[self.recent.name], positions, self.key_offset,
+                RECENT_PRESET,
+            )  # fmt: skip
+        return True
 
     def forward(
         self,
@@ -149,13 +148,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
         key: torch.Tensor | None,  # [num_tokens, num_kv_heads, head_dim]
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor,
+        kv_cache: torch.Tensor,  # uint8 [num_blocks, num_kv_heads, block_size, slot_bytes]
         attn_metadata: TurboQuantMetadata | None,
         output: torch.Tensor,  # [num_tokens, num_heads, head_dim]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend: decodes read everything from codes, prefills their own tokens raw and earlier ones from codes."""
+        """Store and attend: decodes read all tokens from codes, prefills their own raw and earlier ones from codes."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(
                 "Fused output quantization with a TurboQuant KV cache: got on, allowed off; "
@@ -168,8 +167,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             stored_by = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name].impl
         if stored_by.key_scale is not None:
             query = torch.div(query, stored_by.key_scale, out=torch.empty_like(query))
-            if key is not None and (attn_metadata is None or attn_metadata.prefills is not None):
-                key = self._scaled_key(key)
+            key = None if key is None else self._scaled_key(key)
         if attn_metadata is None:  # the memory profile: there is no cache yet
             flash_ops.warm_up(
                 query, self.num_kv_heads, self.block_size, self.max_num_reqs, self.key_offset, self.sinks,
@@ -177,9 +175,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             )  # fmt: skip
             return output.fill_(0)
         recent = None if stored_by.recent is None else _metadata_of(stored_by.recent.name)
+        stored = key is not None and self._store(layer, key, value, kv_cache, attn_metadata.positions)
         if attn_metadata.decodes is not None:
             newest = recent and recent.decodes
-            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output)
+            after_store = stored and recent is None and attn_metadata.prefills is None
+            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output, after_store)
         if attn_metadata.prefills is not None:
             newest = recent and recent.prefills
             self._attend(attn_metadata.prefills, newest, query, key, value, kv_cache, stored_by, output)
@@ -195,9 +195,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         kv_cache: torch.Tensor,
         stored_by: "TurboQuantImpl",
         output: torch.Tensor,
+        after_store: bool = False,
     ) -> None:
         rows = requests.tokens
-        recent = () if newest is None else (stored_by.recent.kv_cache, newest.block_table, requests.older_lens)
+        recent = None, None, None
+        if newest is not None:
+            recent = stored_by.recent.kv_cache, newest.block_table, requests.older_lens
         torch.ops.tq_vllm.attention(
             query[rows],
             None if key is None else key[rows],
@@ -218,6 +221,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.logits_soft_cap,
             self.kv_cache_dtype,
             *recent,
+            after_store,
         )
 
 

@@ -93,12 +93,9 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             self.older_lens = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         key_mean.take_waiting(vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        centred = [layer.impl for layer in layers if layer.impl.key_offset is not None]
-        if centred:
+        if any(layer.impl.key_offset is not None for layer in layers):
             self.token_index = torch.arange(num_tokens, dtype=torch.int32, device=device)
             self.positions = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-            for impl in centred:
-                impl.positions = self.positions
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
