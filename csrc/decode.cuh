@@ -43,10 +43,15 @@ template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_, bool SKETCH_ = fals
   static constexpr int WARP_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES + HEAD_BYTES;
   static constexpr int OFFSET_BYTES = 4 * SEGMENTS_AT_ONCE * ROWS;  // more with a key offset
   static int warp_bytes(const DecodeParams& p) { return WARP_BYTES + (p.key_offset ? OFFSET_BYTES : 0); }
+  // Groups at the end of a sequence that may hold tokens of this step, if the kernel before writes these; else 0.
+  static int newest_groups(const DecodeParams& p, int max_query_len) {
+    constexpr int GROUP = TILE_TOKENS * TILES;
+    return p.after_store ? 1 + (max_query_len + GROUP - 2) / GROUP : 0;
+  }
 };
 
-// newest_groups: groups at the end of a unit that may hold tokens which the kernel before this one still writes; all that it
-// reads besides was there before that kernel started. 0: that kernel is waited for at once.
+// newest_groups: Shape::newest_groups. What else this kernel reads was there before the one before it started, so it waits for
+// that one only where it comes to these groups; 0: at once.
 template <class S>
 __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
     decode_kernel(const __grid_constant__ DecodeParams p, int warp_bytes, int newest_groups) {
@@ -94,7 +99,10 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
   const Shares shares{unsigned(__reduce_add_sync(~0u, total)), gridDim.x * num_warps};
   const int share = blockIdx.x * num_warps + warp;
   const int begin = shares.begin(share), end = shares.begin(share + 1);
-  if (begin == end) return wait_for_earlier_kernels();  // a kernel is not over before the one before it
+  if (begin == end) {  // the next kernel counts on the one before this one too: the shares of newest groups wait for it
+    if (shares.total == 0) wait_for_earlier_kernels();
+    return;
+  }
 
   const Cursor start = seek<S>(p, begin, request, work, lane);
   current = start, ahead = start;
@@ -203,7 +211,6 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
     __syncwarp();
     if (at < end) next_unit(current);
   }
-  wait_for_earlier_kernels();
 }
 
 }  // namespace tq

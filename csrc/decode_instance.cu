@@ -28,9 +28,8 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   if (warps < 1) return cudaErrorInvalidConfiguration;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes))
     return error;
-  constexpr int GROUP = TILE_TOKENS * S::TILES;
-  const int newest_groups = params->after_store ? 1 + (launch.max_query_len + GROUP - 2) / GROUP : 0;
   const int num_ctas = launch.num_ctas - (params->after_store ? multiprocessors_of_store(*params, launch) : 0);
+  const int newest_groups = S::newest_groups(*params, launch.max_query_len);
   if (const cudaError_t error =
           launch_early(kernel, num_ctas, 32 * warps, warps * warp_bytes, stream, *params, warp_bytes, newest_groups))
     return error;
