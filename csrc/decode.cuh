@@ -43,18 +43,10 @@ template <int KEY_BITS_, int VALUE_BITS_, int D_, int ROWS_, bool SKETCH_ = fals
   static constexpr int WARP_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES + HEAD_BYTES;
   static constexpr int OFFSET_BYTES = 4 * SEGMENTS_AT_ONCE * ROWS;  // more with a key offset
   static int warp_bytes(const DecodeParams& p) { return WARP_BYTES + (p.key_offset ? OFFSET_BYTES : 0); }
-  // Groups at the end of a sequence that may hold tokens of this step, if the kernel before writes these; else 0.
-  static int newest_groups(const DecodeParams& p, int max_query_len) {
-    constexpr int GROUP = TILE_TOKENS * TILES;
-    return p.after_store ? 1 + (max_query_len + GROUP - 2) / GROUP : 0;
-  }
 };
 
-// newest_groups: Shape::newest_groups. What else this kernel reads was there before the one before it started, so it waits for
-// that one only where it comes to these groups; 0: at once.
 template <class S>
-__global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
-    decode_kernel(const __grid_constant__ DecodeParams p, int warp_bytes, int newest_groups) {
+__global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __grid_constant__ DecodeParams p, int warp_bytes) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int GROUP = TILE_TOKENS * S::TILES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_warps = blockDim.x >> 5;
@@ -78,31 +70,20 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
   if (lane < S::STAGES) Copier::init(barriers + lane);
   Copier::fence_init();
   __syncwarp();
-  if (!newest_groups) wait_for_earlier_kernels();
+  wait_for_earlier_kernels();
   let_next_kernel_start();
 
-  auto column_of = [&](int tile) { return p.block_magic ? int(__umulhi(tile, p.block_magic)) : tile; };
-  // Whether the tokens that are being written complete a block: then another request may begin with it (a prefix hit).
-  auto completes_block = [&](const Request& r) {
-    return column_of(r.seq_len / TILE_TOKENS) != column_of(max(0, r.seq_len - r.query_len) / TILE_TOKENS);
-  };
   Request request{};
   const int work = work_of<S>(p, 0, request, lane);
   int total = work;
-  bool shared_block = completes_block(request);
   for (int base = 32; base < p.num_reqs; base += 32) {
-    Request other{};
+    Request other;
     total += work_of<S>(p, base, other, lane);
-    shared_block |= completes_block(other);
   }
-  if (newest_groups && p.num_reqs > 1 && __any_sync(~0u, shared_block)) wait_for_earlier_kernels();
   const Shares shares{unsigned(__reduce_add_sync(~0u, total)), gridDim.x * num_warps};
   const int share = blockIdx.x * num_warps + warp;
   const int begin = shares.begin(share), end = shares.begin(share + 1);
-  if (begin == end) {  // the next kernel counts on the one before this one too: the shares of newest groups wait for it
-    if (shares.total == 0) wait_for_earlier_kernels();
-    return;
-  }
+  if (begin == end) return;
 
   const Cursor start = seek<S>(p, begin, request, work, lane);
   current = start, ahead = start;
@@ -113,6 +94,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
   int tile, left_of_unit, group_of_32 = 0, block = 0;
   const uint8_t* from = nullptr;
   const bool whole_groups = p.tiles_per_block % S::TILES == 0;  // a group is contiguous in one block
+  auto column_of = [&](int tile) { return p.block_magic ? int(__umulhi(tile, p.block_magic)) : tile; };
   auto find = [&] {
     group_of_32 = GROUPS_AT_ONCE;
     if (tile * TILE_TOKENS < ahead.request.seq_len)
@@ -135,7 +117,6 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1)
                  : nullptr;
       group_of_32 = 0;
     }
-    if (left_of_unit <= newest_groups) wait_for_earlier_kernels();
     // Of a whole group every lane gets the first tile; its last tiles may hold nothing, and are masked.
     const int tile_of_lane = whole_groups ? 0 : lane % S::TILES;
     const uint64_t source = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), group_of_32 * S::TILES + tile_of_lane);

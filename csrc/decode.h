@@ -27,7 +27,6 @@ struct DecodeParams {
   float softmax_scale, logits_soft_cap;
   DType dtype, offset_dtype, sinks_dtype;
   int vector_rows, vector_offsets;  // 1: rows of query and out, of key_offset, start at multiples of 16 bytes
-  int after_store;             // 1: the kernel before this one writes the tokens of these requests, and nothing else
 };
 
 // An instantiation and its grid.
@@ -36,7 +35,7 @@ struct DecodeLaunch {
   int key_sketch;       // 1: keys have one
   int rows;             // query rows a unit of work has: 4, 8, 16, 24 or 32; of head size 256, 4 or 16; with a key sketch not above 8
   int max_query_len;    // of a request
-  int num_ctas;         // one a multiprocessor, but for those that the write before it takes
+  int num_ctas;         // one a multiprocessor
   int shared_bytes;     // what a CTA may have
   int workspace_bytes;  // out: needed for partial results
 };

@@ -3,21 +3,11 @@
 
 #include "decode.cuh"
 #include "merge.cuh"
-#include "rotation.cuh"
 
 #define TQ_JOIN(d, r) launch_decode_##d##_##r
 #define TQ_NAME(d, r) TQ_JOIN(d, r)
 
 namespace tq {
-
-// Multiprocessors that the write of the requests' tokens takes, as long as these are few: a CTA of this kernel needs all
-// registers of one, and would start late there. 0 for more tokens.
-inline int multiprocessors_of_store(const DecodeParams& p, const DecodeLaunch& launch) {
-  constexpr int VECTORS = VectorShape<TQ_HEAD_DIM, WIDE>::VECTORS, WARPS = STORE_THREADS / 32, MOST = 16;
-  const int items = (p.num_reqs * launch.max_query_len + VECTORS - 1) / VECTORS * p.num_kv_heads;
-  const int ctas = 2 * ((items + WARPS - 1) / WARPS);  // as store_kv_instance.cu has them
-  return ctas <= MOST ? ctas : 0;
-}
 
 template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {
   launch.workspace_bytes = 4 * S::PARTIAL_FLOATS * 2 * launch.num_ctas * S::MAX_WARPS;
@@ -28,16 +18,14 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   if (warps < 1) return cudaErrorInvalidConfiguration;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes))
     return error;
-  const int num_ctas = launch.num_ctas - (params->after_store ? multiprocessors_of_store(*params, launch) : 0);
-  const int newest_groups = S::newest_groups(*params, launch.max_query_len);
   if (const cudaError_t error =
-          launch_early(kernel, num_ctas, 32 * warps, warps * warp_bytes, stream, *params, warp_bytes, newest_groups))
+          launch_early(kernel, launch.num_ctas, 32 * warps, warps * warp_bytes, stream, *params, warp_bytes))
     return error;
   const auto merge = [&](bool narrow, int ctas, int warps, auto... arguments) {
     return launch_early(narrow ? merge_kernel<S, true> : merge_kernel<S, false>, ctas, 32 * warps, merge_shared_bytes<S>(warps),
                         stream, *params, arguments...);
   };
-  return launch_merge<S>(*params, launch.max_query_len, num_ctas * warps, merge);
+  return launch_merge<S>(*params, launch.max_query_len, launch.num_ctas * warps, merge);
 }
 
 int TQ_NAME(TQ_HEAD_DIM, TQ_ROWS)(const DecodeParams* params, DecodeLaunch& launch, cudaStream_t stream) {

@@ -21,6 +21,7 @@
 
 namespace tq {
 
+constexpr int STORE_THREADS = 256;
 // CTAs of a multiprocessor: three leave 80 registers a thread, each has its own table.
 __host__ __device__ constexpr int store_ctas(int head_dim) { return head_dim == 256 ? 2 : 3; }
 // Dynamic shared memory and CTAs of a multiprocessor for trellis codes, of which every thread holds a block there.

@@ -7,7 +7,6 @@ namespace tq {
 
 constexpr int MAX_CANDIDATES = 16;
 constexpr int MAX_TABLE_ROWS = 448;
-constexpr int STORE_THREADS = 256;  // of a CTA
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum ScaleRule : int32_t { SCALE_NORM = 0, SCALE_UNBIASED = 1, SCALE_RAW = 2 };

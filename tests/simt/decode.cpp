@@ -8,9 +8,7 @@ alignas(128) uint8_t shared[1 << 20];
 
 template <class S> void run(const tq::DecodeParams& params, const tq::DecodeLaunch& launch, int num_warps) {
   std::memset(tq::shared, 0xff, sizeof tq::shared);
-  simt::launch(launch.num_ctas, num_warps, [&] {
-    tq::decode_kernel<S>(params, S::warp_bytes(params), S::newest_groups(params, launch.max_query_len));
-  });
+  simt::launch(launch.num_ctas, num_warps, [&] { tq::decode_kernel<S>(params, S::warp_bytes(params)); });
   const auto merge = [&](bool narrow, int ctas, int warps, auto... arguments) {
     const auto kernel = narrow ? tq::merge_kernel<S, true> : tq::merge_kernel<S, false>;
     simt::launch(ctas, warps, [=] { kernel(params, arguments...); });

@@ -47,9 +47,7 @@ class _Params(ctypes.Structure):
         ("block_magic", ctypes.c_uint32),
         ("softmax_scale", ctypes.c_float),
         ("logits_soft_cap", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in (
-            "dtype", "offset_dtype", "sinks_dtype", "vector_rows", "vector_offsets", "after_store",
-        )),
+        *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype", "vector_rows", "vector_offsets")),
     ]  # fmt: skip
 
 
@@ -109,7 +107,7 @@ def _workspace(preset: str, head_dim: int, rows: int, device: torch.device, stre
 def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
-    logits_soft_cap: float, preset: str, after_store: bool = False,
+    logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
     """Attend queries to the cache and merge partial results: two launches. Arguments in schema.py, key and value None.
 
@@ -137,7 +135,6 @@ def attention(
             tiles_per_block=tiles_per_block, block_magic=-(-(1 << 32) // tiles_per_block) & 0xFFFFFFFF,
             sliding_window=sliding_window, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap,
             dtype=DTYPES[query.dtype], vector_rows=_has_aligned_rows(query) and _has_aligned_rows(out),
-            after_store=after_store,
         )  # fmt: skip
         if key_offset is not None:
             params.key_offset, params.offset_dtype = key_offset.data_ptr(), DTYPES[key_offset.dtype]

@@ -28,9 +28,6 @@ past query_start_loc[-1] stay untouched. A query with nothing to attend gives 0 
 With a `recent_cache` (presets of recent_tokens = w > 0) position p reads p-w+1..p from it and what is older from
 `kv_cache`. With `key` and `value` too, the tokens of this step are raw, the w-1 before them come from it for all rows.
 
-`after_store` says that the caller enqueued the store_kv of this step's tokens right before on the same stream, with at
-least one slot, nothing else in between, and no slot of another request: a kernel may start before that has ended.
-
 A key or value vector whose squared norm is not finite in float32 (NaN, inf, or a norm above 1.8e19) counts as the zero
 vector, stored or raw: it hurts no other token.
 """
@@ -47,8 +44,7 @@ LIBRARY.define(
     "attention(Tensor query, Tensor? key, Tensor? value, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor query_start_loc, Tensor? key_offset, Tensor? sinks, Tensor(a!) out, Tensor(b!)? lse, float softmax_scale,"
     " int max_query_len, int max_seq_len, int total_seq_len, int sliding_window, float logits_soft_cap,"
-    " str preset, Tensor? recent_cache=None, Tensor? recent_table=None, Tensor? older_lens=None,"
-    " bool after_store=False) -> ()"
+    " str preset, Tensor? recent_cache=None, Tensor? recent_table=None, Tensor? older_lens=None) -> ()"
 )
 
 
@@ -61,6 +57,6 @@ def _(key, value, kv_cache, slot_mapping, positions, key_offset, preset):
 def _(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
-    recent_cache=None, recent_table=None, older_lens=None, after_store=False,
+    recent_cache=None, recent_table=None, older_lens=None,
 ):  # fmt: skip
     return None

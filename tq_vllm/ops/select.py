@@ -113,7 +113,6 @@ def attention(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
     logits_soft_cap: float, preset: str, recent_cache=None, recent_table=None, older_lens=None,
-    after_store: bool = False,
 ) -> None:  # fmt: skip
     """Serve tq_vllm::attention with the kernel that `select` names."""
     call = Call(
@@ -124,10 +123,7 @@ def attention(
                 line_tokens(len(seq_lens), len(query), total_seq_len, sliding_window)), recent_cache is not None,
     )  # fmt: skip
     recent = (recent_cache, recent_table, older_lens) if call.recent else ()
-    choice = select(call)
-    early = {"after_store": True} if after_store and choice.name == "cuda" else {}  # the others start after the write
-    choice.function(
+    select(call).function(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
         softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset, *recent,
-        **early,
     )  # fmt: skip

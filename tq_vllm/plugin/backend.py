@@ -17,7 +17,7 @@ from tq_vllm.plugin.metadata import TurboQuantMetadataBuilder
 class TurboQuantBackend(AttentionBackend):
     """Attention on a TurboQuant cache, uint8 [num_blocks, num_kv_heads, block_size, slot_bytes] (see format.py)."""
 
-    forward_includes_kv_cache_update = True  # so that nothing is enqueued between the write and the attention to it
+    forward_includes_kv_cache_update = True
     supported_dtypes = list(SUPPORTED_DTYPES)
     supported_kv_cache_dtypes = list(PRESETS)
 

@@ -127,12 +127,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         positions: torch.Tensor | None,  # int32 [num_tokens or more]
-    ) -> bool:
-        """Write this step's tokens; say whether there were any slots."""
+    ) -> None:
+        """Write this step's tokens."""
         slot_mappings = get_forward_context().slot_mapping  # int64 [num_slots <= num_tokens], by layer
         slots = slot_mappings.get(layer.layer_name)
-        if slots is None or len(slots) == 0:  # a dummy run
-            return False
+        if slots is None:  # a dummy run
+            return
         positions = positions if self.key_offset is None else positions[: key.shape[0]]
         torch.ops.tq_vllm.store_kv(key, value, kv_cache, slots, positions, self.key_offset, self.kv_cache_dtype)
         if self.recent is not None:
@@ -140,7 +140,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 key, value, self.recent.kv_cache, slot_mappings[self.recent.name], positions, self.key_offset,
                 RECENT_PRESET,
             )  # fmt: skip
-        return True
 
     def forward(
         self,
@@ -175,11 +174,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             )  # fmt: skip
             return output.fill_(0)
         recent = None if stored_by.recent is None else _metadata_of(stored_by.recent.name)
-        stored = key is not None and self._store(layer, key, value, kv_cache, attn_metadata.positions)
+        if key is not None:
+            self._store(layer, key, value, kv_cache, attn_metadata.positions)
         if attn_metadata.decodes is not None:
             newest = recent and recent.decodes
-            after_store = stored and recent is None and attn_metadata.prefills is None
-            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output, after_store)
+            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output)
         if attn_metadata.prefills is not None:
             newest = recent and recent.prefills
             self._attend(attn_metadata.prefills, newest, query, key, value, kv_cache, stored_by, output)
@@ -195,12 +194,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         kv_cache: torch.Tensor,
         stored_by: "TurboQuantImpl",
         output: torch.Tensor,
-        after_store: bool = False,
     ) -> None:
         rows = requests.tokens
-        recent = None, None, None
-        if newest is not None:
-            recent = stored_by.recent.kv_cache, newest.block_table, requests.older_lens
+        recent = () if newest is None else (stored_by.recent.kv_cache, newest.block_table, requests.older_lens)
         torch.ops.tq_vllm.attention(
             query[rows],
             None if key is None else key[rows],
@@ -221,7 +217,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.logits_soft_cap,
             self.kv_cache_dtype,
             *recent,
-            after_store,
         )
 
 
