@@ -46,7 +46,7 @@ class Case:
     block_size: int = 64
     key_offset: int = 0  # 1: keys are centred
     kernel: str = "cuda"  # or "triton"
-    step: int = 0  # 1: a layer's part of a step: a kernel of the model, the write of the query tokens, attention
+    step: int = 0  # 1: what write and attention add to the kernels of the model before them, which leave cold caches
 
     @property
     def cache_bytes(self) -> int:
@@ -120,6 +120,23 @@ def copy_bandwidth(copies: int = 10) -> float:
     return 2 * COPY_BYTES * copies / (start.elapsed_time(end) * 1e-3)
 
 
+class ModelKernels:
+    """What runs before a layer's write: a product with more weights than the L2 holds, and an elementwise kernel."""
+
+    def __init__(self, query: torch.Tensor):
+        self.weights = torch.randn(24_576, 4096, device="cuda", dtype=torch.bfloat16)
+        self.x, self.y = self.weights[0].clone(), self.weights[:, 0].clone()
+        self.source, self.query = query.clone(), query
+
+    def launch(self) -> None:
+        torch.mv(self.weights, self.x, out=self.y)
+        torch.abs(self.source, out=self.query)
+
+    def added_us(self, launch, count: int) -> float:
+        """Microseconds that launch(i) takes beyond these."""
+        return median_us(launch, count) - median_us(lambda i: self.launch(), count)
+
+
 class Decode:
     """A case with its cache: `replicas` sets of blocks, so that a replay reads more than the L2 holds."""
 
@@ -147,7 +164,7 @@ class Decode:
         self.softmax_scale = case.head_dim**-0.5
         self.attention = {"cuda": cuda_attention.attention, "triton": triton_ops.attention}[case.kernel]
         if case.step:
-            self.source = torch.randn_like(self.query)
+            self.before = ModelKernels(self.query)
             self.key, self.value = torch.randn(2, num_tokens, *shape[1:2], case.head_dim, device="cuda").bfloat16()
             self.slots = newest_slots(self.block_tables, case)
         self.key_offset = None
@@ -156,15 +173,14 @@ class Decode:
             self.key_offset = torch.randn(shape, device="cuda").bfloat16()
 
     def launch(self, i: int) -> None:
-        case, early = self.case, {}
+        case = self.case
         if case.step:
-            torch.neg(self.source, out=self.query)
+            self.before.launch()
             cuda_ops.store_kv(self.key, self.value, self.kv_cache, self.slots[i], None, None, case.preset)
-            early = {"after_store": True}
         self.attention(
             self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc,
             self.key_offset, None, self.out, None, self.softmax_scale, case.query_len, case.context,
-            case.batch * case.context, 0, 0.0, case.preset, **early,
+            case.batch * case.context, 0, 0.0, case.preset,
         )  # fmt: skip
 
     def reference(self, request: int) -> torch.Tensor:
@@ -230,8 +246,7 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
     out = torch.empty(query.shape, dtype=torch.bfloat16, device="cuda")
     scale = torch.ones(case.batch, case.num_kv_heads, device="cuda") if fp8 else None
     if case.step:
-        query_bits = query.view(torch.int8 if fp8 else torch.int16)
-        source, one = query_bits.clone(), torch.ones(1, device="cuda")
+        before, one = ModelKernels(query.view(torch.int8 if fp8 else torch.int16)), torch.ones(1, device="cuda")
         newest = torch.randn(2, num_tokens, case.num_kv_heads, case.head_dim, device="cuda").bfloat16()
         slots = newest_slots(tables, case, block_size)
         caches = (key.view(torch.uint8), value.view(torch.uint8)) if fp8 else (key, value)
@@ -243,7 +258,7 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
 
     def launch(i: int) -> None:
         if case.step:
-            torch.abs(source, out=query_bits)  # some kernel
+            before.launch()
             reshape_and_cache_flash(*newest, *caches, slots[i], "fp8" if fp8 else "auto", one, one)
         flash_attn_varlen_func(
             q=query, k=key, v=value, out=out, cu_seqlens_q=query_start_loc, max_seqlen_q=case.query_len,
@@ -252,7 +267,7 @@ def flash_attention_us(case: Case, fp8: bool) -> float:
             v_descale=scale,
         )  # fmt: skip
 
-    return median_us(launch, replicas)
+    return before.added_us(launch, replicas) if case.step else median_us(launch, replicas)
 
 
 def turboquant_4bit_nc_us(case: Case) -> float:
@@ -289,7 +304,8 @@ def measure(case: Case, copy: float, rivals: bool) -> dict:
     """One row: microseconds, bytes per second and their share of the copy bandwidth, ratios to rivals."""
     decode = Decode(case)
     row = {"name": case.name, **asdict(case), "relative_error": decode.check()}
-    row["us"] = median_us(decode.launch, decode.replicas)
+    time = decode.before.added_us if case.step else median_us
+    row["us"] = time(decode.launch, decode.replicas)
     row["gb_per_s"] = case.cache_bytes / row["us"] * 1e-3
     row["of_copy"] = row["gb_per_s"] * 1e9 / copy
     del decode

@@ -36,7 +36,7 @@ REQUEST_SIZES = (16, 128, 1024)  # lanes that stand for requests: each number co
 
 def padded_requests(num_reqs: int) -> int:
     """Return the lanes for num_reqs requests: the next of REQUEST_SIZES, or the next power of two past them."""
-    return next((n for n in REQUEST_SIZES if n >= num_reqs), triton.next_power_of_2(num_reqs))
+    return next((n for n in REQUEST_SIZES if n >= num_reqs), 0) or triton.next_power_of_2(num_reqs)
 
 
 @triton.jit
@@ -260,7 +260,7 @@ def dequantize(
     codes, sketch = key_codes(page, lookup), page.config.key_sketch
     signs = sign_matrix(head_dim, 8 * W, keys.device)
     # Keys with sketches keep two f32 tiles: at the largest heads too many registers for 4 warps.
-    dequantize_kernel[(triton.cdiv(context_tokens, BN) + num_reqs, num_kv_heads)](
+    dequantize_kernel[(-(-context_tokens // BN) + num_reqs, num_kv_heads)](
         kv_cache, block_table, seq_lens, query_start_loc, starts, offset, signs,
         sketch_matrix(head_dim, 8 * W, keys.device) if sketch else signs, keys, values,
         num_reqs, first, last, offset.shape[0], sliding_window, newest,
@@ -275,7 +275,7 @@ def place(key, value, seq_lens, query_start_loc, bounds, keys, values) -> None:
     """Copy this step's key and value, [num_tokens, num_kv_heads, head_dim], to the places that `bounds`, int32
     [num_reqs + 1], gives them in keys and values; vectors that the cache would store as zero become zero."""
     num_tokens, num_kv_heads, head_dim = key.shape
-    place_kernel[(triton.cdiv(num_tokens, BN), num_kv_heads)](
+    place_kernel[(-(-num_tokens // BN), num_kv_heads)](
         key, value, seq_lens, query_start_loc, bounds, keys, values, len(seq_lens), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), head_dim, triton.next_power_of_2(head_dim),
         padded_requests(len(seq_lens)), BN, num_warps=4,

@@ -1,5 +1,8 @@
 """What vLLM does with a cache beside plain decoding, in real vLLM: the near-lossless preset against the stock cache."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from compare import distances, worst
@@ -8,6 +11,7 @@ from engine import CUDA, GRAPHS, Phase, Request, Result, run
 pytestmark = pytest.mark.engine
 
 NEAR_LOSSLESS = "turboquant:k8v8"
+TWO_CACHES = "turboquant:k4v4-r128"
 CLOSE = 0.05  # nats
 
 
@@ -77,18 +81,56 @@ def test_layers_left_in_the_stock_format(model, text_ids, tmp_path):
     assert _farthest(stock, mixed) < CLOSE
 
 
+def _save_eagle_head(directory, model: str) -> str:
+    """An EAGLE head of random weights for a Llama: its drafts are wrong, and must be seen to be."""
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(model) / "config.json").read_text())
+    config |= {"architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden),
+              "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden),
+              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    weights = {f"layers.0.{name}.weight": torch.randn(shape, generator=random) / 50 for name, shape in shapes.items()}
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    weights["fc.weight"] = torch.randn(hidden, 2 * hidden, generator=random) / 50
+    directory.mkdir()
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "method, preset", [("draft_model", NEAR_LOSSLESS), ("eagle", NEAR_LOSSLESS), ("eagle", TWO_CACHES)]
+)
+def test_drafts_of_a_model(first_layers, text_ids, tmp_path, method, preset):
+    """A drafter's layers have a TurboQuant cache too; its drafts are verified against codes, and the text stays."""
+    drafter = first_layers if method == "draft_model" else _save_eagle_head(tmp_path / "head", first_layers)
+    drafts = {"method": method, "model": drafter, "num_speculative_tokens": 3}
+    phases = [Phase("read", [Request(f"r{n}", text_ids[n : n + n], max_tokens=24) for n in (20, 170)])]
+    engine = {"kv_cache_dtype": preset, "max_num_batched_tokens": 64}
+    plain = run(first_layers, engine, phases, tmp_path)
+    drafted = run(first_layers, engine | {"speculative_config": drafts}, phases, tmp_path)
+    assert _farthest(plain, drafted) < CLOSE
+    if method == "draft_model":  # the model drafts for itself
+        assert drafted.accepted_drafts >= 20
+
+
 @pytest.mark.parametrize(
     "graphs",
     [False, pytest.param(True, marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])],
     ids=["eager", "CUDA graphs"],
 )
-def test_ngram_speculation(model, text_ids, tmp_path, graphs):
+def test_ngram_speculation(first_layers, text_ids, tmp_path, graphs):
     """Drafts that the model accepts and drafts that it does not leave the text what it is without them."""
     prompts = [text_ids[i : i + 60] * 3 + text_ids[i : i + 8] for i in (0, 300)]
     phases = [Phase("read", [Request(f"r{i}", p, max_tokens=40) for i, p in enumerate(prompts)])]
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     engine = {"kv_cache_dtype": NEAR_LOSSLESS} | (GRAPHS if graphs else {})
-    plain = run(model, engine, phases, tmp_path)
-    drafted = run(model, engine | {"speculative_config": drafts}, phases, tmp_path)
+    plain = run(first_layers, engine, phases, tmp_path)
+    drafted = run(first_layers, engine | {"speculative_config": drafts}, phases, tmp_path)
     assert drafted.accepted_drafts >= 10
     assert _farthest(plain, drafted) < CLOSE

@@ -108,6 +108,24 @@ def test_a_cache_of_the_newest_tokens_needs_blocks_of_its_own_kind(tiny_config, 
     _check_form(str(caught.value))
 
 
+@pytest.mark.parametrize("layers_of_drafter, refused", [(3, False), (4, True)])
+def test_a_cache_of_the_newest_tokens_needs_a_small_draft_model(
+    tiny_config, attention_layer, tmp_path, layers_of_drafter, refused
+):
+    tiny_config({"num_hidden_layers": layers_of_drafter})
+    (tmp_path / "drafter").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "drafter" / "config.json")
+    drafts = {"method": "draft_model", "model": str(tmp_path / "drafter"), "num_speculative_tokens": 2}
+    config = tiny_config({"num_hidden_layers": 8}, kv_cache_dtype="turboquant:k4v4-r128", speculative_config=drafts)
+    if not refused:
+        attention_layer(config)
+        return
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        attention_layer(config)
+    assert "got turboquant:k4v4-r128 with a draft model of 4 layers" in str(caught.value)
+    _check_form(str(caught.value))
+
+
 def test_a_cache_of_the_newest_tokens_needs_blocks_that_hold_a_tile_of_it(tiny_config, attention_layer):
     config = tiny_config(kv_cache_dtype="turboquant:k4v4-r128", block_size=16)
     attention_layer(config).process_weights_after_loading(torch.float32)

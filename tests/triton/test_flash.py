@@ -101,6 +101,12 @@ def test_key_sketches_of_other_head_sizes(head_dim):
           with_offset=True)  # fmt: skip
 
 
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 20}, {"with_sinks": True}], ids=str)
+def test_without_prefixes_nothing_is_laid_out(fields, monkeypatch):
+    monkeypatch.delattr("tq_vllm.triton_kernels.dequantize.plan_kernel")
+    check(seq_lens=(70, 5, 1), query_lens=(70, 5, 1), **fields)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_one_pass(feature):
     check(**FEATURES[feature])

@@ -104,7 +104,10 @@ def attention(
     joined = context_tokens + num_tokens <= len(keys)
     slice_tokens = len(keys)
     num_passes = 1 if joined else -(-context_tokens // slice_tokens) + 1
-    starts, bounds = plan(seq_lens, query_start_loc, num_passes, slice_tokens, sliding_window)
+    if total_seq_len == num_tokens:  # no request has a prefix: nothing to lay out
+        starts, bounds = None, (query_start_loc,)
+    else:
+        starts, bounds = plan(seq_lens, query_start_loc, num_passes, slice_tokens, sliding_window)
 
     def fill(first: int, last: int) -> None:
         if context_tokens:

@@ -5,8 +5,6 @@ with the same query tokens at its end. A step with raw keys and values comes her
 it (flash_ops.supports); its own tokens are then read from the two caches, like those of a decode.
 """
 
-import dataclasses
-
 import torch
 
 from tq_vllm.config import RECENT_PRESET, get_config
@@ -24,8 +22,8 @@ def supports(call: Call) -> str | None:
 
 
 def _parts(call: Call) -> tuple[Call, Call]:
-    alone = dataclasses.replace(call, recent=False, fresh=False, sinks=False, long=False)
-    return alone, dataclasses.replace(alone, preset=RECENT_PRESET, sliding_window=True)
+    alone = call._replace(recent=False, fresh=False, sinks=False, long=False)
+    return alone, alone._replace(preset=RECENT_PRESET, sliding_window=True)
 
 
 def attention(

@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +28,7 @@ class NoKernelError(RuntimeError):
     """No kernel serves the call; the message has the reason of each."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):  # which is made, hashed and compared in every layer of a step
     """What a choice may depend on.
 
     Attributes:

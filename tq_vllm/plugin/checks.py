@@ -99,11 +99,24 @@ def check_layer(*, alibi_slopes: list[float] | None, head_dim: int, kv_cache_dty
 
 
 def check_recent_tokens(config: TurboQuantConfig, vllm_config) -> None:
-    """Refuse a cache of the newest tokens where vLLM keeps one kind of blocks: it would keep them for all tokens."""
-    if config.recent_tokens and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        plain = config.name.rsplit("-r", 1)[0]
+    """Refuse a cache of the newest tokens where vLLM keeps one kind of blocks: it would keep them for all tokens.
+
+    And where a drafter has so many layers that vLLM would spread them over several caches and stop in an assertion: it
+    pads kinds of layers to the same number only below 1.5 times the smaller one.
+    """
+    if not config.recent_tokens:
+        return
+    plain = config.name.rsplit("-r", 1)[0]
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         got = f"{config.name} with the hybrid KV cache manager off (by flag, or for a KV connector that needs it off)"
         _refuse("--kv-cache-dtype", got, plain, plain)
+    drafts = vllm_config.speculative_config
+    if drafts is not None and (drafts.uses_draft_model() or drafts.use_eagle()):
+        layers = drafts.target_model_config.get_total_num_hidden_layers()
+        of_drafter = drafts.draft_model_config.get_total_num_hidden_layers()
+        if 2 * of_drafter >= layers:
+            allowed = f"{plain}, or a draft model of fewer than half of the model's {layers} layers"
+            _refuse("--kv-cache-dtype", f"{config.name} with a draft model of {of_drafter} layers", allowed, plain)
 
 
 def check_recent_blocks(page: TurboQuantPage, block_size: int) -> None:

@@ -24,7 +24,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py); of keys
             times key_scale.
         key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
-        recent: the newest tokens' own cache (see recent.py), or None.
+        recent: the newest tokens' own cache (see recent.py), or None; a drafter's layers have none.
         key_scale: fp32 [head_dim], or None: keys are stored times it, queries divided by it (see key_scale.py).
 
     Raises:
@@ -62,6 +62,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         config = get_current_vllm_config()
         check_recent_tokens(self.page.config, config)
         self.layers = config.compilation_config.static_forward_context  # vLLM's list of layers with a cache, by name
+        # A layer that is made after another model's weights were loaded is a drafter's. vLLM wants all of these in one
+        # cache, and a drafter that reads its newest tokens at fewer bits drafts no wrong text.
+        self.in_drafter = any(isinstance(layer, RecentTokens) for layer in self.layers.values())
         self.recent: RecentTokens | None = None
         self.max_model_len = config.model_config.max_model_len
         self.max_num_reqs = config.scheduler_config.max_num_seqs
@@ -82,7 +85,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         parent = None if self.owner is None else self.owner.parent()
         scale = key_scales.compute(parent, self.head_size)
         offset, why = key_offsets.compute(self, act_dtype)
-        if self.page.config.recent_tokens and self.recent is None and self.kv_sharing_target_layer_name is None:
+        keeps_newest = self.page.config.recent_tokens and self.kv_sharing_target_layer_name is None
+        if keeps_newest and self.recent is None and not self.in_drafter:
             name = next(name for name, layer in self.layers.items() if getattr(layer, "impl", None) is self)
             self.recent = RecentTokens(name, self)
             self.layers[self.recent.name] = self.recent
