@@ -88,28 +88,34 @@ def answer(engine, name: str, prompts: list[list[int]], params) -> tuple[float, 
     return start, first, steps
 
 
-def profile(engine, workload: Workload) -> dict:
-    """Kernels of PROFILED_STEPS steps in which every request of the batch decodes (step_profile.py)."""
+def profile(engine, workload: Workload) -> dict[str, dict]:
+    """Kernels (step_profile.py) up to every request's first token, and of steps in which all of them decode."""
     import numpy
-    from engine_bench.step_profile import Kernel, profile_steps
+    from engine_bench.step_profile import Kernel, profile_steps, summary
     from vllm import SamplingParams
+
+    def recorded() -> list[Kernel]:
+        found = engine.collective_rpc("stop_profile_of_kernels")[0]
+        return sorted((Kernel(*kernel) for kernel in found), key=lambda kernel: kernel.start)
 
     random = numpy.random.default_rng(99)
     vocab_size = engine.model_config.get_vocab_size()
     params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True)
+    engine.collective_rpc("start_profile_of_kernels")
     for i in range(workload.batch):
         tokens = random.integers(10, vocab_size - 10, workload.cached + workload.input_len).tolist()
         engine.add_request(f"profile-{i}", {"prompt_token_ids": tokens}, params.clone())
     decoding: set[str] = set()
     while len(decoding) < workload.batch:
         decoding.update(output.request_id for output in engine.step() if output.outputs[0].token_ids)
+    profiles = {"to first tokens": summary(recorded())}
     engine.collective_rpc("start_profile_of_kernels")
     for _ in range(PROFILED_STEPS):
         engine.step()
-    kernels = engine.collective_rpc("stop_profile_of_kernels")[0]
+    profiles["decode step"] = profile_steps(recorded(), PROFILED_STEPS)
     while engine.has_unfinished_requests():
         engine.step()
-    return profile_steps([Kernel(*kernel) for kernel in kernels], PROFILED_STEPS)
+    return profiles
 
 
 def worker(settings: dict) -> None:
@@ -191,7 +197,7 @@ def main() -> None:
     parser.add_argument("--capture-sizes", help="CUDA graph capture sizes, comma-separated, for the dtypes of vLLM "
                         f"that hang while capturing all ({', '.join(SLOW_TO_CAPTURE)}), as 1,2,4,8,16")  # fmt: skip
     parser.add_argument("--profile", action="store_true",
-                        help="also show the kernels of a decode step and the gaps between them")  # fmt: skip
+                        help="also show kernels and gaps to the first token and of a decode step")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=900, help="seconds one dtype may take")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     options = parser.parse_args()
@@ -229,9 +235,9 @@ def main() -> None:
     print_table(f"{options.shape}, {gpus}", *table(found), notes)
     for dtype, report in found.items():
         for row in report["rows"]:
-            if found_profile := row.get("profile"):
-                title = "{}, {}: {us:.0f} us a step (mean of {steps}), {idle_us:.0f} of them idle"
-                print_table(title.format(row["workload"], dtype, **found_profile), *step_table(found_profile), [])
+            for what, found_profile in row.get("profile", {}).items():
+                title = f"{row['workload']}, {dtype}, {what}: " + "{us:.0f} us (mean of {steps}), {idle_us:.0f} idle"
+                print_table(title.format(**found_profile), *step_table(found_profile), [])
 
 
 if __name__ == "__main__":

@@ -54,14 +54,23 @@ def cut_steps(kernels: list[Kernel], expected: int) -> tuple[list[Kernel], int]:
 
 
 def profile_steps(kernels: list[Kernel], expected: int) -> dict:
-    """Microseconds of a step, of that idle, and its kernels, the longest first: {"steps", "us", "idle_us", "kernels"}.
+    """What a step is made of, the mean of whole ones; see `summary`.
 
     Raises:
         ValueError: see cut_steps.
     """
     (before, *kernels), steps = cut_steps(kernels, expected)
+    return summary(kernels, steps, before.start + before.duration)
+
+
+def summary(kernels: list[Kernel], steps: int = 1, begin: float | None = None) -> dict:
+    """Microseconds of a step, of that idle, and its kernels, the longest first: {"steps", "us", "idle_us", "kernels"}.
+
+    Args:
+        kernels: in order of their start, of `steps` steps that begin at `begin` (default: with the first kernel).
+    """
     found: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
-    end = first = before.start + before.duration
+    end = first = kernels[0].start if begin is None else begin
     for kernel in kernels:
         idle = max(0.0, kernel.start - end)
         advance = max(0.0, kernel.start + kernel.duration - end)
