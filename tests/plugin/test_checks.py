@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -98,6 +99,21 @@ def test_untested_vllm_is_told_once(monkeypatch):
     assert told == [
         "vLLM version with a TurboQuant KV cache: got 0.40.0, tested 0.32, 0.33; use one of those if something fails."
     ]
+
+
+def test_a_model_that_does_not_hand_the_cache_dtype_on_is_refused(tiny_config):
+    """As vLLM's Falcon builds its layers; without this it would be served uncompressed, without a word."""
+
+    def layer(config):
+        with set_current_vllm_config(config):
+            return Attention(4, 64, 0.1, num_kv_heads=2, prefix="model.layers.0.self_attn.attn")
+
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        layer(tiny_config())
+    assert "got Qwen2ForCausalLM, whose layers vLLM gives no cache dtype" in str(caught.value)
+    _check_form(str(caught.value))
+    layer(tiny_config(kv_cache_dtype="auto"))
+    layer(tiny_config(kv_cache_dtype_skip_layers=["0"]))
 
 
 def test_a_cache_of_the_newest_tokens_needs_blocks_of_its_own_kind(tiny_config, attention_layer):

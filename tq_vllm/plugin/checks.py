@@ -7,12 +7,13 @@ import functools
 
 import torch
 import vllm
+from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_vllm import MIN_CUDA_CAPABILITY, TESTED_VLLM
-from tq_vllm.config import TurboQuantConfig, get_config
+from tq_vllm.config import PRESETS, TurboQuantConfig, get_config
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage, head_dims_of, recent_block_size
 from tq_vllm.plugin.compat import BACKEND_NAME, logger
 
@@ -71,6 +72,22 @@ def check_selection(selected_backend, selector_config) -> None:
         if is_set:
             _refuse(what, "on", "off", instead)
     check_platform()
+
+
+def check_stock_layer(selector_config) -> None:
+    """Refuse a layer that would stay uncompressed although nobody left it out.
+
+    Some models (Falcon, in 0.32 and 0.33) do not hand --kv-cache-dtype on to their layers; vLLM ignores it there.
+    """
+    config = get_current_vllm_config_or_none()
+    cache = config and config.cache_config
+    if not cache or cache.cache_dtype not in PRESETS or cache.kv_cache_dtype_skip_layers:
+        return
+    drafts = config.speculative_config
+    if selector_config.attn_type != AttentionType.DECODER or (drafts and drafts.kv_cache_dtype):
+        return
+    model = getattr(config.model_config, "architecture", None) or "a model"
+    _refuse("Model", f"{model}, whose layers vLLM gives no cache dtype", "models that take --kv-cache-dtype")
 
 
 def check_platform() -> None:

@@ -189,11 +189,12 @@ def add_backend() -> None:
 
     @functools.wraps(original)
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-        if attn_selector_config.kv_cache_dtype in PRESETS:
-            from tq_vllm.plugin.checks import check_selection
+        from tq_vllm.plugin.checks import check_selection, check_stock_layer
 
+        if attn_selector_config.kv_cache_dtype in PRESETS:
             check_selection(selected_backend, attn_selector_config)
             return BACKEND_PATH
+        check_stock_layer(attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
     setattr(get_attn_backend_cls, _MARK, original)
