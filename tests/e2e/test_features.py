@@ -54,7 +54,40 @@ def _lfm():
     return Lfm2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [_gemma, _lfm], ids=["sliding windows and soft cap", "hybrid"])
+def _llama4():
+    """Chunks of 128 tokens that see only themselves, and full attention without positions, by turns."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, intermediate_size_mlp=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, initializer_range=0.07,
+        attention_chunk_size=128, no_rope_layers=[1, 0] * 2, num_local_experts=1, num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config)
+
+
+def _gemma3n():
+    """The last layers read the caches of layers before them."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=512, vocab_size_per_layer_input=512, hidden_size=256, hidden_size_per_layer_input=32, laurel_rank=16,
+        intermediate_size=[256] * 5, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        num_kv_shared_layers=2, sliding_window=32, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        + ["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0] * 5,
+        max_position_embeddings=1024, initializer_range=0.1,
+    )  # fmt: skip
+    return Gemma3nForCausalLM(config)
+
+
+MODELS = {
+    "sliding windows and soft cap": _gemma, "hybrid": _lfm, "chunked local attention": _llama4,
+    "shared caches": _gemma3n,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_small_models_with_random_weights(make, text_ids, tmp_path):
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "model")

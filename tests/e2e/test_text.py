@@ -35,7 +35,7 @@ def test_near_lossless_preset_gives_the_uncompressed_text(model, tmp_path):
     ]  # fmt: skip
     outputs = {}
     for dtype, impl in (("auto", "CPUAttentionBackendImpl"), ("turboquant:k8v8", "TurboQuantImpl")):
-        phases = [Phase("text", [replace(r) for r in requests], sequential=True)]
+        phases = [Phase("text", [replace(r) for r in requests])]
         result = run(model, {"kv_cache_dtype": dtype}, phases, tmp_path)
         assert result.impls == [impl]
         outputs[dtype] = result.phases["text"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -121,6 +122,43 @@ def test_a_cache_of_the_newest_tokens_needs_blocks_of_its_own_kind(tiny_config, 
     with pytest.raises(UnsupportedByTurboQuantError) as caught:
         attention_layer(config)
     assert "allowed turboquant:k4v4; use turboquant:k4v4 instead" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+def test_a_cache_of_the_newest_tokens_needs_layers_that_see_every_token(tiny_config, attention_layer):
+    config = tiny_config(kv_cache_dtype="turboquant:k4v4-r128")
+    config.cache_config.kv_sharing_fast_prefill = True
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        attention_layer(config)
+    assert "with --kv-sharing-fast-prefill, allowed turboquant:k4v4" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+@pytest.mark.parametrize("preset, refused", [("turboquant", False), ("turboquant:k4v4-r128", True)])
+def test_a_cache_of_the_newest_tokens_does_not_know_local_chunks(tiny_config, preset, refused):
+    config = tiny_config(kv_cache_dtype=preset)
+    with set_current_vllm_config(config):
+        prefix = "model.layers.0.self_attn.attn"
+        layer = ChunkedLocalAttention(4, 64, 0.1, 128, num_kv_heads=2, cache_config=config.cache_config, prefix=prefix)
+    if not refused:
+        layer.process_weights_after_loading(torch.float32)
+        return
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        layer.process_weights_after_loading(torch.float32)
+    assert "got turboquant:k4v4-r128 with chunked local attention" in str(caught.value)
+    _check_form(str(caught.value))
+
+
+def test_layers_of_unknown_classes_are_refused(tiny_config):
+    class OtherAttention(Attention):
+        pass
+
+    config = tiny_config()
+    with set_current_vllm_config(config):
+        layer = OtherAttention(4, 64, 0.1, num_kv_heads=2, cache_config=config.cache_config, prefix="model.layers.0.a")
+    with pytest.raises(UnsupportedByTurboQuantError) as caught:
+        layer.process_weights_after_loading(torch.float32)
+    assert "got OtherAttention, allowed Attention, ChunkedLocalAttention" in str(caught.value)
     _check_form(str(caught.value))
 
 

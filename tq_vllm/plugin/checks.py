@@ -8,6 +8,8 @@ import functools
 import torch
 import vllm
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -127,6 +129,8 @@ def check_recent_tokens(config: TurboQuantConfig, vllm_config) -> None:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         got = f"{config.name} with the hybrid KV cache manager off (by flag, or for a KV connector that needs it off)"
         _refuse("--kv-cache-dtype", got, plain, plain)
+    if vllm_config.cache_config.kv_sharing_fast_prefill:  # its layers see other tokens than the cache beside them
+        _refuse("--kv-cache-dtype", f"{config.name} with --kv-sharing-fast-prefill", plain, plain)
     drafts = vllm_config.speculative_config
     if drafts is not None and (drafts.uses_draft_model() or drafts.use_eagle()):
         layers = drafts.target_model_config.get_total_num_hidden_layers()
@@ -134,6 +138,18 @@ def check_recent_tokens(config: TurboQuantConfig, vllm_config) -> None:
         if 2 * of_drafter >= layers:
             allowed = f"{plain}, or a draft model of fewer than half of the model's {layers} layers"
             _refuse("--kv-cache-dtype", f"{config.name} with a draft model of {of_drafter} layers", allowed, plain)
+
+
+def check_layer_class(layer, config: TurboQuantConfig) -> None:
+    """Refuse layers of a class that changes the batch in a way of its own before it comes here.
+
+    Chunked local attention makes a request of every chunk, which a cache of the newest tokens beside it would not see.
+    """
+    if type(layer) is ChunkedLocalAttention and config.recent_tokens:
+        plain = config.name.rsplit("-r", 1)[0]
+        _refuse("--kv-cache-dtype", f"{config.name} with chunked local attention", plain, plain)
+    if type(layer) not in (Attention, ChunkedLocalAttention):
+        _refuse("Attention layer", type(layer).__name__, "Attention, ChunkedLocalAttention")
 
 
 def check_recent_blocks(page: TurboQuantPage, block_size: int) -> None:

@@ -10,7 +10,7 @@ from tq_vllm.config import RECENT_PRESET
 from tq_vllm.ops import flash_ops
 from tq_vllm.plugin import key_offset as key_offsets
 from tq_vllm.plugin import key_scale as key_scales
-from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer, check_recent_tokens
+from tq_vllm.plugin.checks import PREFERRED_BLOCK_SIZE, check_layer, check_layer_class, check_recent_tokens
 from tq_vllm.plugin.flash import provide_flash_attention
 from tq_vllm.plugin.metadata import RequestSlice, TurboQuantMetadata
 from tq_vllm.plugin.recent import RecentTokens
@@ -82,12 +82,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Compute key scale and offset from the loaded weights and report the layer; a reload keeps their addresses."""
+        name, layer = next((n, layer) for n, layer in self.layers.items() if getattr(layer, "impl", None) is self)
+        check_layer_class(layer, self.page.config)
         parent = None if self.owner is None else self.owner.parent()
         scale = key_scales.compute(parent, self.head_size)
         offset, why = key_offsets.compute(self, act_dtype)
         keeps_newest = self.page.config.recent_tokens and self.kv_sharing_target_layer_name is None
         if keeps_newest and self.recent is None and not self.in_drafter:
-            name = next(name for name, layer in self.layers.items() if getattr(layer, "impl", None) is self)
             self.recent = RecentTokens(name, self)
             self.layers[self.recent.name] = self.recent
         self._keep("key_scale", scale)
