@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_backend
 
@@ -109,6 +110,7 @@ def test_a_model_that_does_not_hand_the_cache_dtype_on_is_refused(tiny_config):
         with set_current_vllm_config(config):
             return Attention(4, 64, 0.1, num_kv_heads=2, prefix="model.layers.0.self_attn.attn")
 
+    selector._cached_get_attn_backend.cache_clear()  # of other tests; an engine's process has one model
     with pytest.raises(UnsupportedByTurboQuantError) as caught:
         layer(tiny_config())
     assert "got Qwen2ForCausalLM, whose layers vLLM gives no cache dtype" in str(caught.value)
