@@ -47,6 +47,7 @@ class Case:
     key_offset: int = 0  # 1: keys are centred
     kernel: str = "cuda"  # or "triton"
     step: int = 0  # 1: what write and attention add to the kernels of the model before them, which leave cold caches
+    split: int = 0  # 1: with the write in a launch of its own
 
     @property
     def cache_bytes(self) -> int:
@@ -59,6 +60,7 @@ class Case:
         options = "" if self.kernel == "cuda" else f" {self.kernel}"
         options += " offset" if self.key_offset else ""
         options += " step" if self.step else ""
+        options += " split" if self.split else ""
         options += "" if self.block_size == 64 else f" page{self.block_size}"
         return f"{self.preset:16} d{self.head_dim:<3} {heads:5} q{self.query_len} {self.batch}x{self.context}{options}"
 
@@ -75,7 +77,8 @@ def default_cases() -> list[Case]:
     cases += [Case(32, 8192, head_dim=64), Case(32, 8192, head_dim=256, num_heads=16, num_kv_heads=4)]
     cases += [Case(32, 8192, key_offset=1), Case(1, 2048, key_offset=1)]
     cases += [Case(32, 8192, kernel="triton"), Case(8, 32768, kernel="triton")]
-    cases += [Case(batch, context, step=1) for batch, context in ((1, 1024), (8, 1024), (32, 8192))]
+    for batch, context in ((1, 1024), (8, 1024), (32, 8192)):
+        cases += [Case(batch, context, step=1, split=split) for split in (0, 1)]
     return cases + [Case(8, 32768, query_len=n) for n in (2, 4, 5, 6, 8, 12, 16)]
 
 
@@ -167,6 +170,7 @@ class Decode:
             self.before = ModelKernels(self.query)
             self.key, self.value = torch.randn(2, num_tokens, *shape[1:2], case.head_dim, device="cuda").bfloat16()
             self.slots = newest_slots(self.block_tables, case)
+            self.positions = torch.full((num_tokens,), case.context - 1, dtype=torch.int32, device="cuda")
         self.key_offset = None
         if case.key_offset:
             shape = (math.ceil(case.context / SEGMENT_TOKENS), case.num_kv_heads, case.head_dim)
@@ -174,14 +178,18 @@ class Decode:
 
     def launch(self, i: int) -> None:
         case = self.case
+        attention = (
+            self.block_tables[i], self.seq_lens, self.query_start_loc, self.key_offset, None, self.out, None,
+            self.softmax_scale, case.query_len, case.context, case.batch * case.context, 0, 0.0, case.preset,
+        )  # fmt: skip
         if case.step:
             self.before.launch()
-            cuda_ops.store_kv(self.key, self.value, self.kv_cache, self.slots[i], None, None, case.preset)
-        self.attention(
-            self.query, None, None, self.kv_cache, self.block_tables[i], self.seq_lens, self.query_start_loc,
-            self.key_offset, None, self.out, None, self.softmax_scale, case.query_len, case.context,
-            case.batch * case.context, 0, 0.0, case.preset,
-        )  # fmt: skip
+            new = self.key, self.value, self.kv_cache, self.slots[i]
+            if not case.split:
+                cuda_ops.store_and_attend(self.query, *new, self.positions, *attention)
+                return
+            cuda_ops.store_kv(*new, self.positions, self.key_offset, case.preset)
+        self.attention(self.query, None, None, self.kv_cache, *attention)
 
     def reference(self, request: int) -> torch.Tensor:
         """Float64 attention of one request to what its codes mean: [query_len, num_heads, head_dim]."""

@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "early_start.cuh"
+#include "newest_token.cuh"
 #include "offset_scores.cuh"
 #include "wide_row_block.cuh"
 
@@ -70,15 +71,24 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   if (lane < S::STAGES) Copier::init(barriers + lane);
   Copier::fence_init();
   __syncwarp();
+  const bool stores = NewestToken<S>::EXISTS && p.store.num_slots > 0;
+  uint32_t* tables = reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes);
+  if constexpr (NewestToken<S>::EXISTS)
+    if (stores) {
+      NewestToken<S>::fill_tables(p, tables);
+      __syncthreads();
+    }
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
   Request request{};
   const int work = work_of<S>(p, 0, request, lane);
   int total = work;
+  bool completes = stores && NewestToken<S>::completes(p, request.seq_len);
   for (int base = 32; base < p.num_reqs; base += 32) {
-    Request other;
+    Request other{};
     total += work_of<S>(p, base, other, lane);
+    completes |= stores && NewestToken<S>::completes(p, other.seq_len);
   }
   const Shares shares{unsigned(__reduce_add_sync(~0u, total)), gridDim.x * num_warps};
   const int share = blockIdx.x * num_warps + warp;
@@ -86,6 +96,8 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   if (begin == end) return;
 
   const Cursor start = seek<S>(p, begin, request, work, lane);
+  if constexpr (NewestToken<S>::EXISTS)
+    if (stores) NewestToken<S>::write_share(p, start, end - begin, __any_sync(~0u, completes), tables, lane);
   current = start, ahead = start;
   int to_load = end - begin, stage = 0;
   uint32_t parity = 0;

@@ -27,6 +27,9 @@ struct DecodeParams {
   float softmax_scale, logits_soft_cap;
   DType dtype, offset_dtype, sinks_dtype;
   int vector_rows, vector_offsets;  // 1: rows of query and out, of key_offset, start at multiples of 16 bytes
+  // num_slots > 0: every request has one query token, whose key and value are written first (newest_token.cuh). Its positions
+  // come from seq_lens.
+  StoreParams store;
 };
 
 // An instantiation and its grid.

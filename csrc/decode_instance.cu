@@ -14,12 +14,15 @@ template <class S> int launch_shape(const DecodeParams* params, DecodeLaunch& la
   if (!params) return cudaSuccess;
   const auto kernel = decode_kernel<S>;
   const int warp_bytes = S::warp_bytes(*params);
-  const int warps = std::min(S::MAX_WARPS, launch.shared_bytes / warp_bytes);
+  const bool stores = params->store.num_slots > 0;
+  if (stores && !NewestToken<S>::EXISTS) return cudaErrorInvalidValue;
+  const int table_bytes = stores ? NewestToken<S>::table_bytes(*params) : 0;
+  const int warps = std::min(S::MAX_WARPS, (launch.shared_bytes - table_bytes) / warp_bytes);
   if (warps < 1) return cudaErrorInvalidConfiguration;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes))
+  const int shared_bytes = warps * warp_bytes + table_bytes;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
     return error;
-  if (const cudaError_t error =
-          launch_early(kernel, launch.num_ctas, 32 * warps, warps * warp_bytes, stream, *params, warp_bytes))
+  if (const cudaError_t error = launch_early(kernel, launch.num_ctas, 32 * warps, shared_bytes, stream, *params, warp_bytes))
     return error;
   const auto merge = [&](bool narrow, int ctas, int warps, auto... arguments) {
     return launch_early(narrow ? merge_kernel<S, true> : merge_kernel<S, false>, ctas, 32 * warps, merge_shared_bytes<S>(warps),

@@ -10,7 +10,7 @@ import pytest
 from tests.ops.batches import PAGES
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TurboQuantPage, pack_words
-from tq_vllm.ops import cuda_library, cuda_ops
+from tq_vllm.ops import cuda_library, cuda_store
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_library = pytest.mark.skipif(cuda_library.why_missing() is not None, reason=str(cuda_library.why_missing()))
@@ -48,7 +48,7 @@ def test_bits(plane, head_dim):
 
 @needs_library
 def test_argument_structs():
-    assert cuda_library.library().tq_store_params_bytes() == ctypes.sizeof(cuda_ops._StoreParams)
+    assert cuda_library.library().tq_store_params_bytes() == ctypes.sizeof(cuda_store.StoreParams)
 
 
 def test_generated_tables_are_current(tmp_path):

@@ -8,7 +8,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-from tests.ops.batches import FORMATS, Batch  # noqa: E402
+from tests.ops.batches import FORMATS, Batch, check_store_and_attend  # noqa: E402
+from tq_vllm.config import PRESETS  # noqa: E402
 from tq_vllm.ops import cuda_attention  # noqa: E402
 from tq_vllm.ops.cuda_library import why_missing  # noqa: E402
 
@@ -138,3 +139,48 @@ def test_rising_scores():
         b.query_start_loc.cuda(), None, None, out, None, b.softmax_scale, 1, 600, sum(b.seq_lens), 0, 0.0, b.preset,
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), b.expected()[0], rtol=1e-2, atol=2e-3)
+
+
+ONE_LAUNCH = [name for name in FORMATS if not PRESETS[name].trellis and not PRESETS[name].key_sketch]
+
+
+def check_newest(**fields):
+    """The kernel writes the newest token of every request before it reads it."""
+    fields = {"seq_lens": LENGTHS, "head_dim": 128, "group": 4} | fields
+    lengths = {"query_lens": (1,) * len(fields["seq_lens"])} | fields
+    check_store_and_attend(cuda_attention.store_and_attend, 2e-2 if "dtype" in fields else 5e-3, "cuda", **lengths)
+
+
+@pytest.mark.parametrize("head_dim, preset", list(itertools.product(cuda_attention.ROWS, ONE_LAUNCH)))
+@pytest.mark.parametrize("with_offset", (False, True))
+def test_newest_tokens(preset, head_dim, with_offset):
+    check_newest(preset=preset, head_dim=head_dim, with_offset=with_offset)
+
+
+@pytest.mark.parametrize("seq_lens", ((30_000,), tuple(1 + 7 * i % 97 for i in range(700)), (5000, 3, 9000, 1)))
+def test_newest_tokens_of_any_share(seq_lens):
+    check_newest(seq_lens=seq_lens)
+
+
+@pytest.mark.parametrize("block_size, group, head_dim", [(48, 16, 64), (64, 24, 128), (64, 64, 128), (16, 3, 256)])
+def test_newest_tokens_of_other_shapes(block_size, group, head_dim):
+    """Several blocks of query rows have the same newest token."""
+    check_newest(block_size=block_size, group=group, head_dim=head_dim, seq_lens=(5, 48, 64, 130))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_newest_tokens_with_options(dtype):
+    for options in ({"sliding_window": 50}, {"logits_soft_cap": 2.0, "with_sinks": True, "with_offset": True}):
+        check_newest(dtype=dtype, **options)
+
+
+def test_newest_tokens_that_are_not_stored():
+    """No slot, no token (padding of a CUDA graph), no length."""
+    check_newest(seq_lens=(30, 17, 20, 0), query_lens=(1, 1, 0, 1), not_stored=(1, 3))
+
+
+def test_a_block_that_this_step_completes_is_read_by_another_request():
+    """A prefix cache gives a request a block whose last token is written in the same step, by any CTA."""
+    for seed in range(20):
+        lengths = [4096 + 1, 4096, *(64 + 1, 64) * 20]
+        check_newest(seq_lens=lengths, block_size=64, share=((1, 4096),), seed=seed)

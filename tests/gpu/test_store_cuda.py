@@ -14,7 +14,7 @@ from tq_vllm.core.qjl import page_sketch
 from tq_vllm.core.quantizers import decode_vectors
 from tq_vllm.core.rotations import get_rotation
 from tq_vllm.format import TILE_TOKENS, TurboQuantPage, unpack_words, value_token_order
-from tq_vllm.ops import cuda_library, cuda_ops, torch_ops
+from tq_vllm.ops import cuda_library, cuda_store, torch_ops
 from tq_vllm.ops.torch_pages import tile_records
 
 pytestmark = [
@@ -96,7 +96,7 @@ def run_both(preset, key, value, slots, positions=None, key_offset=None, block_s
     def cuda(x):
         return None if x is None else x.cuda()
 
-    cuda_ops.store_kv(cuda(key), cuda(value), view(on_gpu), cuda(slots), cuda(positions), cuda(key_offset), preset)
+    cuda_store.store_kv(cuda(key), cuda(value), view(on_gpu), cuda(slots), cuda(positions), cuda(key_offset), preset)
     torch_ops.store_kv(key, value, view(storage), slots, positions, key_offset, preset)
     return page, on_gpu.cpu(), storage, view
 
@@ -155,7 +155,7 @@ def check_untouched(page, got, expected, view, slots):
 BYTES = [
     (preset, head_dim)
     for preset, head_dim in PAGES
-    if preset != "turboquant:k4v4" and (not PRESETS[preset].trellis or head_dim in cuda_ops.TRELLIS_HEAD_DIMS)
+    if preset != "turboquant:k4v4" and (not PRESETS[preset].trellis or head_dim in cuda_store.TRELLIS_HEAD_DIMS)
 ]
 
 
@@ -191,7 +191,7 @@ def test_near_ties_are_rare():
     "preset, head_dim",
     [
         *itertools.product([f"turboquant{name}" for name in ("", ":k8v8", ":k5v4", ":k2v2", ":prod")], (64, 112, 128)),
-        *itertools.product(("turboquant:t3", "turboquant:t2"), cuda_ops.TRELLIS_HEAD_DIMS),
+        *itertools.product(("turboquant:t3", "turboquant:t2"), cuda_store.TRELLIS_HEAD_DIMS),
     ],
 )
 def test_strange_vectors(preset, head_dim):
@@ -244,7 +244,7 @@ def test_slices_of_a_fused_tensor(dtype, shift):
     storage, view = empty_cache(page, 3, 2, 16, generator)
     on_gpu = storage.cuda()
     slots = torch.arange(40)
-    for rows, target, store, where in ((fused.cuda(), on_gpu, cuda_ops, "cuda"), (fused, storage, torch_ops, "cpu")):
+    for rows, target, store, where in ((fused.cuda(), on_gpu, cuda_store, "cuda"), (fused, storage, torch_ops, "cpu")):
         key, value = rows[:, shift:].unflatten(1, (4, 128)).split(2, 1)
         store.store_kv(key, value, view(target), slots.to(where), None, None, "turboquant")
     check_near_ties(page, on_gpu.cpu(), storage, view, *(x.float() for x in (key, value)), slots, allowed=1e-3)
@@ -257,14 +257,14 @@ def test_graph_replay_reads_the_slots_of_the_moment():
     slots = torch.full((64,), -1, device="cuda")
     storage, view = empty_cache(page, 8, 8, 16, generator)
     captured, direct = storage.cuda(), storage.cuda()
-    cuda_ops.store_kv(key, value, view(captured), slots, None, None, "turboquant")
+    cuda_store.store_kv(key, value, view(captured), slots, None, None, "turboquant")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cuda_ops.store_kv(key, value, view(captured), slots, None, None, "turboquant")
+        cuda_store.store_kv(key, value, view(captured), slots, None, None, "turboquant")
     assert torch.equal(captured.cpu(), storage)
     slots.copy_(torch.randperm(128, generator=generator)[:64])
     graph.replay()
-    cuda_ops.store_kv(key, value, view(direct), slots, None, None, "turboquant")
+    cuda_store.store_kv(key, value, view(direct), slots, None, None, "turboquant")
     assert torch.equal(captured, direct) and not torch.equal(captured.cpu(), storage)
 
 
@@ -274,10 +274,10 @@ def test_wrong_arguments_are_refused():
     key = torch.zeros(4, 2, 64, device="cuda")
     slots = torch.arange(4, device="cuda")
     with pytest.raises(ValueError, match="a multiple of 16"):
-        cuda_ops.store_kv(key, key, cache, slots, None, None, "turboquant:k8v8")
+        cuda_store.store_kv(key, key, cache, slots, None, None, "turboquant:k8v8")
     with pytest.raises(ValueError, match="slot_mapping"):
-        cuda_ops.store_kv(key, key, cache, slots.int(), None, None, "turboquant")
+        cuda_store.store_kv(key, key, cache, slots.int(), None, None, "turboquant")
     with pytest.raises(ValueError, match="key and value"):
-        cuda_ops.store_kv(key, key[:, :1], cache, slots, None, None, "turboquant")
+        cuda_store.store_kv(key, key[:, :1], cache, slots, None, None, "turboquant")
     with pytest.raises(ValueError, match="positions"):
-        cuda_ops.store_kv(key, key, cache, slots, None, key[:1], "turboquant")
+        cuda_store.store_kv(key, key, cache, slots, None, key[:1], "turboquant")

@@ -10,6 +10,7 @@ from tq_vllm.config import PRESETS, RECENT_PRESET, get_config
 from tq_vllm.core.attention import attention_reference
 from tq_vllm.core.cache import kv_roundtrip
 from tq_vllm.format import TurboQuantPage, head_dims_of
+from tq_vllm.ops import torch_ops
 
 store_kv = torch.ops.tq_vllm.store_kv
 attention = torch.ops.tq_vllm.attention
@@ -176,3 +177,47 @@ class Batch:
         torch.testing.assert_close(out[:used].double(), expected_out[:used], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse[:, :used].double(), expected_lse[:, :used], rtol=tolerance, atol=tolerance)
         assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()
+
+
+def check_store_and_attend(operation, tolerance, device="cpu", not_stored=(), **fields):
+    """A step of one token a request: pages against those that PyTorch writes, attention against the dense computation.
+
+    The tokens of requests `not_stored` are in the cache already, and NaN in this step.
+    """
+    b = Batch(fresh=False, padding=2, **fields)
+    key, value = b.this_step(b.keys), b.this_step(b.values)
+    slots, positions = torch.full((len(key),), -1), torch.zeros(len(key), dtype=torch.int32)
+    for r, n in enumerate(b.seq_lens):
+        row = b.query_start_loc[r]
+        if r in not_stored:
+            key[row], value[row] = math.nan, math.nan
+        elif b.query_lens[r]:
+            slots[row : row + 1] = b.slots(r, torch.tensor([n - 1]))
+            positions[row] = n - 1
+    for r, n in enumerate(b.seq_lens):  # all other tokens
+        at = torch.arange(n)
+        older = b.slots(r, at)
+        older[torch.isin(older, slots)] = -1
+        torch_ops.store_kv(b.keys[r], b.values[r], b.kv_cache, older, at, b.key_offset, b.preset)
+    cache = torch.empty_strided(b.kv_cache.shape, b.kv_cache.stride(), dtype=torch.uint8, device=device)
+    cache.copy_(b.kv_cache)
+    out = torch.full(b.query.shape, 7.0, dtype=b.dtype, device=device)
+    lse = torch.full((b.num_heads, len(b.query)), 9.0, device=device)
+    there = lambda x: None if x is None else x.to(device)  # noqa: E731
+    operation(
+        there(b.query), there(key), there(value), cache, there(slots), there(positions), there(b.block_table),
+        there(torch.tensor(b.seq_lens, dtype=torch.int32)), there(b.query_start_loc), there(b.key_offset),
+        there(b.sinks), out, lse, b.softmax_scale, 1, max(b.seq_lens), sum(b.seq_lens), b.sliding_window,
+        b.logits_soft_cap, b.preset,
+    )  # fmt: skip
+    before = b.kv_cache.clone()
+    torch_ops.store_kv(key, value, b.kv_cache, slots, positions, b.key_offset, b.preset)
+    written = (b.kv_cache != before).sum()
+    different = (cache.cpu() != b.kv_cache).sum()
+    assert written >= (slots >= 0).sum() * b.num_kv_heads * b.head_dim // 4
+    assert different <= 0.01 * written, f"{different} of {written} bytes"  # near-ties
+    expected_out, expected_lse = b.expected()
+    used = sum(b.query_lens)
+    torch.testing.assert_close(out[:used].cpu().double(), expected_out[:used], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse[:, :used].cpu().double(), expected_lse[:, :used], rtol=tolerance, atol=tolerance)
+    assert (out[used:] == 7.0).all() and (lse[:, used:] == 9.0).all()

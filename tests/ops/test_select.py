@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.batches import Batch
-from tq_vllm.ops import cuda_ops, torch_ops
+from tq_vllm.ops import cuda_ops, cuda_store, torch_ops
 from tq_vllm.ops import select as select_module
 from tq_vllm.ops.select import Call, NoKernelError, select
 
@@ -58,7 +58,7 @@ def test_no_kernel_is_one_sentence_with_every_reason(kernels):
 
 @pytest.mark.parametrize("head_dim, served", [(64, True), (96, False), (128, True), (192, False), (256, True)])
 def test_trellis_codes_are_written_on_a_gpu_where_a_lane_holds_a_block(monkeypatch, head_dim, served):
-    size = ctypes.sizeof(cuda_ops._StoreParams)
+    size = ctypes.sizeof(cuda_store.StoreParams)
     monkeypatch.setattr(cuda_ops, "why_missing", lambda: None)
     monkeypatch.setattr(cuda_ops, "library", lambda: types.SimpleNamespace(tq_store_params_bytes=lambda: size))
     write = Call("store_kv", "cuda", (9, 0), "turboquant:t3", head_dim, torch.bfloat16, 64)

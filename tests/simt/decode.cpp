@@ -1,10 +1,14 @@
 // The decode kernel on a CPU: the sources of csrc with tests/simt/instructions.cuh and empty CUDA headers.
-#include "decode.cuh"
-#include "merge.cuh"
+#include "simt.h"
 
 namespace tq {
 alignas(128) uint8_t shared[1 << 20];
-}
+inline uint32_t load_shared(uint32_t address) { return *reinterpret_cast<const uint32_t*>(shared + address); }
+}  // namespace tq
+inline uint64_t __cvta_generic_to_shared(const void* at) { return static_cast<const uint8_t*>(at) - tq::shared; }
+
+#include "decode.cuh"
+#include "merge.cuh"
 
 template <class S> void run(const tq::DecodeParams& params, const tq::DecodeLaunch& launch, int num_warps) {
   std::memset(tq::shared, 0xff, sizeof tq::shared);

@@ -89,6 +89,7 @@ inline void let_next_kernel_start() {}
 struct Copier {
   static void init(uint64_t*) {}
   static void fence_init() {}
+  static void publish() {}
   static void nothing() {}
   template <int BYTES> static void copy(uint8_t* to, const uint8_t* from, bool valid, uint64_t*, int) {
     if (valid) std::memcpy(to, from, BYTES);

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.batches import FORMATS, Batch
+from tests.ops.batches import FORMATS, Batch, check_store_and_attend
+from tq_vllm.config import PRESETS
 from tq_vllm.ops import cuda_attention, torch_ops
 
 CTAS, WARPS = 3, 2
@@ -217,3 +218,57 @@ def test_rows_before_the_first_token_see_nothing(group, window):
     torch.testing.assert_close(found[0], found[2], rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-3)
     assert (found[0][:2] == 0).all() and (found[0][2] != 0).all()
+
+
+ONE_LAUNCH = [name for name in FORMATS if not PRESETS[name].trellis and not PRESETS[name].key_sketch]
+
+
+def check_newest(**fields):
+    """The kernel writes the newest token of every request before it reads it."""
+    fields = {"seq_lens": LENGTHS, "head_dim": 128, "group": 4} | fields
+    lengths = {"query_lens": (1,) * len(fields["seq_lens"])} | fields
+    check_store_and_attend(cuda_attention.store_and_attend, 1e-2 if "dtype" in fields else 3e-3, **lengths)
+
+
+@pytest.mark.parametrize("preset", ONE_LAUNCH)
+@pytest.mark.parametrize("head_dim, group", [(128, 4), (64, 8), (256, 3)])
+def test_newest_tokens(preset, head_dim, group):
+    check_newest(preset=preset, head_dim=head_dim, group=group, seq_lens=(1, 17, 64, 150), with_offset=True)
+
+
+@pytest.mark.parametrize("ctas, warps", [(1, 1), (2, 3), (5, 2), (17, 1), (40, 1)])
+def test_newest_tokens_of_any_share(on_cpu, ctas, warps):
+    on_cpu.num_ctas, on_cpu.num_warps = ctas, warps
+    check_newest(seq_lens=(1000, 3, 300))
+
+
+@pytest.mark.parametrize("order", ["1", "2"])
+def test_newest_tokens_with_lanes_in_another_order(monkeypatch, order):
+    monkeypatch.setenv("SIMT_ORDER", order)
+    check_newest(with_offset=True)
+
+
+@pytest.mark.parametrize("block_size, group, head_dim", [(48, 16, 64), (64, 24, 128), (16, 3, 256)])
+def test_newest_tokens_of_other_shapes(block_size, group, head_dim):
+    """Several blocks of query rows have the same newest token."""
+    check_newest(block_size=block_size, group=group, head_dim=head_dim, seq_lens=(5, 48, 64, 130))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_newest_tokens_with_options(dtype):
+    for options in ({"sliding_window": 50}, {"logits_soft_cap": 2.0, "with_sinks": True, "with_offset": True}):
+        check_newest(dtype=dtype, **options)
+
+
+def test_newest_tokens_that_are_not_stored():
+    """No slot, no token (padding of a CUDA graph), no length."""
+    check_newest(seq_lens=(30, 17, 20, 0), query_lens=(1, 1, 0, 1), not_stored=(1, 3))
+
+
+@pytest.mark.parametrize("ctas, warps", [(3, 2), (40, 1)])
+@pytest.mark.parametrize("order", ["1", "2"])
+def test_a_block_that_this_step_completes_is_read_by_another_request(on_cpu, monkeypatch, ctas, warps, order):
+    """A prefix cache gives a request a block whose last token is written in the same step, by any CTA."""
+    on_cpu.num_ctas, on_cpu.num_warps = ctas, warps
+    monkeypatch.setenv("SIMT_ORDER", order)
+    check_newest(seq_lens=(129, 128, 65, 64), share=((1, 128), (3, 64)))

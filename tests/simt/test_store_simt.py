@@ -15,7 +15,7 @@ from tests.ops.batches import FORMATS, Batch
 from tests.ops.test_store import read_slot
 from tq_vllm.config import PRESETS
 from tq_vllm.format import SUPPORTED_HEAD_DIMS, TurboQuantPage
-from tq_vllm.ops import cuda_ops, torch_ops
+from tq_vllm.ops import cuda_store, torch_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -27,19 +27,19 @@ def simulator(compile_simt):
 
 @pytest.fixture(autouse=True)
 def on_cpu(simulator, monkeypatch):
-    """Let cuda_ops launch on the simulator."""
+    """Let cuda_store launch on the simulator."""
 
     class Library:
         wide = 0
 
         def tq_store_kv(self, params, stream):
-            assert simulator.simt_store_params_bytes() == ctypes.sizeof(cuda_ops._StoreParams)
+            assert simulator.simt_store_params_bytes() == ctypes.sizeof(cuda_store.StoreParams)
             simulator.simt_store_kv(params, 2, self.wide)
             return 0
 
     library = Library()
-    monkeypatch.setattr(cuda_ops, "library", lambda: library)
-    monkeypatch.setattr(cuda_ops, "stream_of", lambda tensor: ctypes.c_void_p(0))
+    monkeypatch.setattr(cuda_store, "library", lambda: library)
+    monkeypatch.setattr(cuda_store, "stream_of", lambda tensor: ctypes.c_void_p(0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return library
 
@@ -54,7 +54,7 @@ def check(allowed=2e-3, spoil=None, **fields):
     slots = ours.slots(0, positions)
     slots[5] = -1
     untouched = ours.kv_cache.clone()
-    cuda_ops.store_kv(ours.keys[0], ours.values[0], ours.kv_cache, slots, positions, ours.key_offset, ours.preset)
+    cuda_store.store_kv(ours.keys[0], ours.values[0], ours.kv_cache, slots, positions, ours.key_offset, ours.preset)
     expected.store(0, 0, 37)
     page = TurboQuantPage(ours.config, ours.head_dim)
     skipped = ours.slots(0, positions)[5].item()
@@ -90,7 +90,7 @@ def test_presets(preset):
     check(preset=preset, head_dim=128)
 
 
-@pytest.mark.parametrize("head_dim", cuda_ops.TRELLIS_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", cuda_store.TRELLIS_HEAD_DIMS)
 @pytest.mark.parametrize("preset", ["turboquant:t3", "turboquant:t2"])
 @pytest.mark.parametrize("dtype, with_offset", [(torch.float32, False), (torch.bfloat16, True)], ids=["f32", "bf16"])
 def test_bytes_of_trellis_codes(preset, head_dim, dtype, with_offset):
@@ -103,7 +103,7 @@ def test_bytes_of_trellis_codes(preset, head_dim, dtype, with_offset):
     slots[::9] = -1
     offset = batch.key_offset if with_offset else None
     caches = [batch.kv_cache.clone(), batch.kv_cache.clone()]
-    for ops, kv_cache in zip((cuda_ops, torch_ops), caches, strict=True):
+    for ops, kv_cache in zip((cuda_store, torch_ops), caches, strict=True):
         ops.store_kv(key, value, kv_cache, slots, positions, offset, preset)
     found, expected = (x.view(torch.uint8) for x in caches)
     written = (expected != batch.kv_cache).sum()

@@ -83,6 +83,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> tuple[list[dict],
     options = {"dtype": arguments.dtype or ("auto" if cuda else "float32")}
     options["max_model_len"] = longest
     options |= {"kv_cache_memory_bytes": memory} if memory else {}
+    if memory and cuda:  # vLLM wants this share of the GPU free at a start, whatever it takes: others may use the rest
+        options["gpu_memory_utilization"] = 0.1
     options["enforce_eager"] = arguments.enforce_eager or not cuda  # compiling on a CPU takes a minute, gains nothing
 
     def row_of(name: str, dtype: str, chunk: int, reference, size=size):

@@ -1,4 +1,7 @@
-"""Attention to codes by the compiled kernel (csrc/decode.cuh): decode, and short queries such as speculative verify."""
+"""Attention to codes by the compiled kernel (csrc/decode.cuh): decode, and short queries such as speculative verify.
+
+A step of one token a request can write that token's key and value in the same launch (csrc/newest_token.cuh).
+"""
 
 import ctypes
 
@@ -7,6 +10,7 @@ import torch
 from tq_vllm.config import get_config
 from tq_vllm.format import TILE_TOKENS
 from tq_vllm.ops.cuda_library import DTYPES, check, library, stream_of
+from tq_vllm.ops.cuda_store import StoreParams, store_params
 from tq_vllm.ops.select import Call
 from tq_vllm.ops.torch_pages import get_page
 
@@ -25,6 +29,16 @@ def refuse_attention(call: Call) -> str | None:
         return f"got head size {call.head_dim}, allowed {', '.join(map(str, ROWS))}"
     if call.group * call.max_query_len > MAX_QUERY_ROWS:
         return f"got {call.group * call.max_query_len} query rows a KV head, allowed {MAX_QUERY_ROWS}"
+    return None
+
+
+def refuse_one_launch(call: Call) -> str | None:
+    """Return None, or why one launch can't both write the newest tokens and attend."""
+    config = get_config(call.preset)
+    if call.max_query_len != 1:
+        return f"got up to {call.max_query_len} tokens a request, allowed 1"
+    if config.trellis or config.key_sketch:
+        return "got trellis codes or a key sketch, whose write has a kernel of its own"
     return None
 
 
@@ -48,6 +62,7 @@ class _Params(ctypes.Structure):
         ("softmax_scale", ctypes.c_float),
         ("logits_soft_cap", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("dtype", "offset_dtype", "sinks_dtype", "vector_rows", "vector_offsets")),
+        ("store", StoreParams),
     ]  # fmt: skip
 
 
@@ -109,7 +124,31 @@ def attention(
     softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
     logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
-    """Attend queries to the cache and merge partial results: two launches. Arguments in schema.py, key and value None.
+    """Attend queries to the cache and merge partial results: two launches. Arguments in schema.py; key, value: None."""
+    _attend(
+        query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse, softmax_scale,
+        max_query_len, sliding_window, logits_soft_cap, preset, None,
+    )  # fmt: skip
+
+
+def store_and_attend(
+    query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset, sinks,
+    out, lse, softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
+    logits_soft_cap: float, preset: str,
+) -> None:  # fmt: skip
+    """Write the one new token of every request, attend and merge: two launches. Arguments in schema.py."""
+    _attend(
+        query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse, softmax_scale,
+        max_query_len, sliding_window, logits_soft_cap, preset,
+        store_params(key, value, kv_cache, slot_mapping, positions, key_offset, preset),
+    )  # fmt: skip
+
+
+def _attend(
+    query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse, softmax_scale: float,
+    max_query_len: int, sliding_window: int, logits_soft_cap: float, preset: str, store: StoreParams | None,
+) -> None:  # fmt: skip
+    """Launch both kernels; store: what to write first.
 
     Safe in a CUDA graph: nothing waits for the device, and the grid and the buffers follow from the device alone.
     """
@@ -146,6 +185,8 @@ def attention(
             params.sinks, params.sinks_dtype = sinks.data_ptr(), DTYPES[sinks.dtype]
         if lse is not None:
             params.lse, params.lse_stride_head = lse.data_ptr(), lse.stride(0)
+        if store is not None:
+            params.store = store
         launch = _launch_of(preset, head_dim, rows, max_query_len)
         check(library().tq_attention(ctypes.byref(params), ctypes.byref(launch), stream), "attention")
 

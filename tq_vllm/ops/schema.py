@@ -1,4 +1,4 @@
-"""The two operations on a TurboQuant cache, declared once: every kernel serves these schemas.
+"""The operations on a TurboQuant cache, declared once: every kernel serves these schemas.
 
 Shapes (all tensors of a call on one device):
 
@@ -25,6 +25,9 @@ of a request's tokens in this step, of its sequence, and of the sum of all seque
 position p see p-w+1..p; a `logits_soft_cap` of c > 0 replaces a score s by c * tanh(s / c). Rows of `out` and `lse`
 past query_start_loc[-1] stay untouched. A query with nothing to attend gives 0 and -inf.
 
+`store_and_attend` is `store_kv`, then `attention` without raw keys and values: a step of decodes. Every slot that is
+not -1 belongs to a token of a request, and `positions` are those that follow from `seq_lens`.
+
 With a `recent_cache` (presets of recent_tokens = w > 0) position p reads p-w+1..p from it and what is older from
 `kv_cache`. With `key` and `value` too, the tokens of this step are raw, the w-1 before them come from it for all rows.
 
@@ -46,6 +49,12 @@ LIBRARY.define(
     " int max_query_len, int max_seq_len, int total_seq_len, int sliding_window, float logits_soft_cap,"
     " str preset, Tensor? recent_cache=None, Tensor? recent_table=None, Tensor? older_lens=None) -> ()"
 )
+LIBRARY.define(
+    "store_and_attend(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"
+    " Tensor? positions, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? key_offset,"
+    " Tensor? sinks, Tensor(b!) out, Tensor(c!)? lse, float softmax_scale, int max_query_len, int max_seq_len,"
+    " int total_seq_len, int sliding_window, float logits_soft_cap, str preset) -> ()"
+)
 
 
 @torch.library.register_fake("tq_vllm::store_kv", lib=LIBRARY)
@@ -58,5 +67,13 @@ def _(
     query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
     softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
     recent_cache=None, recent_table=None, older_lens=None,
+):  # fmt: skip
+    return None
+
+
+@torch.library.register_fake("tq_vllm::store_and_attend", lib=LIBRARY)
+def _(
+    query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset, sinks,
+    out, lse, softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
 ):  # fmt: skip
     return None

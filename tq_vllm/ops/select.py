@@ -2,7 +2,8 @@
 
 A kernel is a module of this package with a function for each operation it has (`store_kv`, `attention`; arguments as
 in schema.py) and `supports(call) -> str | None`: None, or why it can't serve the call and what to do about it. Modules
-are asked in order of preference and imported then; importing one needs neither a GPU nor an optional package.
+are asked in order of preference and imported then; importing one needs neither a GPU nor an optional package. Where
+none has a `store_and_attend` that serves a call, the other two operations do.
 """
 
 import functools
@@ -32,7 +33,7 @@ class Call(NamedTuple):  # which is made, hashed and compared in every layer of 
     """What a choice may depend on.
 
     Attributes:
-        op: "store_kv" or "attention".
+        op: "store_kv", "attention" or "store_and_attend".
         device_type: "cpu", "cuda", ...
         capability: (major, minor) of a CUDA device, else None.
         group: query heads per KV head (attention).
@@ -126,4 +127,40 @@ def attention(
     select(call).function(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
         softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset, *recent,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def select_one_launch(call: Call) -> Callable | None:
+    """Return the function that serves a call of store_and_attend in one launch, or None: store_kv and attention do."""
+    for name in KERNELS.get(call.device_type, ()):
+        module = importlib.import_module(f"tq_vllm.ops.{name}_ops")
+        if hasattr(module, call.op) and module.supports(call) is None:
+            _log_once(call.op, name, "one launch writes the newest tokens and attends")
+            return getattr(module, call.op)
+    return None
+
+
+def store_and_attend(
+    query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset, sinks,
+    out, lse, softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
+    logits_soft_cap: float, preset: str,
+) -> None:  # fmt: skip
+    """Serve tq_vllm::store_and_attend by the kernel that does it in one launch, or by the two operations."""
+    call = Call(
+        "store_and_attend", query.device.type, _capability(query.device), preset, query.shape[-1], query.dtype,
+        kv_cache.shape[2], query.shape[1] // kv_cache.shape[1], max_query_len, False, key_offset is not None,
+        sinks is not None, sliding_window > 0, logits_soft_cap > 0,
+    )  # fmt: skip
+    if (one_launch := select_one_launch(call)) is not None:
+        one_launch(
+            query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset,
+            sinks, out, lse, softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window,
+            logits_soft_cap, preset,
+        )  # fmt: skip
+        return
+    store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset)
+    attention(
+        query, None, None, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
+        softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
     )  # fmt: skip

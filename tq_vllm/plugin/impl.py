@@ -18,7 +18,7 @@ from tq_vllm.plugin.startup import report_layer
 
 
 class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
-    """Calls tq_vllm::store_kv and tq_vllm::attention on the slices of a batch.
+    """Calls the operations of tq_vllm.ops on the slices of a batch.
 
     Attributes:
         key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py); of keys
@@ -127,24 +127,19 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
 
     def _store(
         self,
-        layer: AttentionLayer,
         key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], scaled
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        positions: torch.Tensor | None,  # int32 [num_tokens or more]
+        slots: torch.Tensor,  # int64 [num_slots <= num_tokens]
+        positions: torch.Tensor | None,  # int32 [num_tokens]
     ) -> None:
         """Write this step's tokens."""
-        slot_mappings = get_forward_context().slot_mapping  # int64 [num_slots <= num_tokens], by layer
-        slots = slot_mappings.get(layer.layer_name)
-        if slots is None:  # a dummy run
-            return
-        positions = positions if self.key_offset is None else positions[: key.shape[0]]
         torch.ops.tq_vllm.store_kv(key, value, kv_cache, slots, positions, self.key_offset, self.kv_cache_dtype)
         if self.recent is not None:
+            slots = get_forward_context().slot_mapping[self.recent.name]
             torch.ops.tq_vllm.store_kv(
-                key, value, self.recent.kv_cache, slot_mappings[self.recent.name], positions, self.key_offset,
-                RECENT_PRESET,
-            )  # fmt: skip
+                key, value, self.recent.kv_cache, slots, positions, self.key_offset, RECENT_PRESET
+            )
 
     def forward(
         self,
@@ -178,16 +173,58 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 self.sliding_window or 0, self.kv_cache_dtype,
             )  # fmt: skip
             return output.fill_(0)
+        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
+        slots = None if key is None else get_forward_context().slot_mapping.get(layer.layer_name)
+        if slots is not None:  # not a dummy run
+            positions = None if self.key_offset is None else attn_metadata.positions[: key.shape[0]]
+            if prefills is None and self.recent is None:
+                self._store_and_attend(decodes, query, key, value, kv_cache, slots, positions, output)
+                return output
+            self._store(key, value, kv_cache, slots, positions)
         recent = None if stored_by.recent is None else _metadata_of(stored_by.recent.name)
-        if key is not None:
-            self._store(layer, key, value, kv_cache, attn_metadata.positions)
-        if attn_metadata.decodes is not None:
+        if decodes is not None:
             newest = recent and recent.decodes
-            self._attend(attn_metadata.decodes, newest, query, None, None, kv_cache, stored_by, output)
-        if attn_metadata.prefills is not None:
+            self._attend(decodes, newest, query, None, None, kv_cache, stored_by, output)
+        if prefills is not None:
             newest = recent and recent.prefills
-            self._attend(attn_metadata.prefills, newest, query, key, value, kv_cache, stored_by, output)
+            self._attend(prefills, newest, query, key, value, kv_cache, stored_by, output)
         return output
+
+    def _store_and_attend(
+        self,
+        decodes: RequestSlice,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """The same in one operation, of a batch of decodes."""
+        rows = decodes.tokens
+        torch.ops.tq_vllm.store_and_attend(
+            query[rows],
+            key,
+            value,
+            kv_cache,
+            slots,
+            positions,
+            decodes.block_table,
+            decodes.seq_lens,
+            decodes.query_start_loc,
+            self.key_offset,
+            self.sinks,
+            output[rows],
+            None,
+            self.scale,
+            decodes.max_query_len,
+            decodes.max_seq_len,
+            decodes.total_seq_len,
+            self.sliding_window or 0,
+            self.logits_soft_cap,
+            self.kv_cache_dtype,
+        )
 
     def _attend(
         self,
