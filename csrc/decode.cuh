@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   __syncwarp();
   const bool stores = NewestToken<S>::EXISTS && p.store.num_slots > 0;
   uint32_t* tables = reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes);
+  touch_arguments(p);
   if constexpr (NewestToken<S>::EXISTS)
     if (stores) {
       NewestToken<S>::fill_tables(p, tables);
@@ -96,8 +97,6 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   if (begin == end) return;
 
   const Cursor start = seek<S>(p, begin, request, work, lane);
-  if constexpr (NewestToken<S>::EXISTS)
-    if (stores) NewestToken<S>::write_share(p, start, end - begin, __any_sync(~0u, completes), tables, lane);
   current = start, ahead = start;
   int to_load = end - begin, stage = 0;
   uint32_t parity = 0;
@@ -154,6 +153,8 @@ __global__ void __launch_bounds__(32 * S::MAX_WARPS, 1) decode_kernel(const __gr
   Rows rows;
   typename Rows::QueryBits bits;
   rows.fetch(p, current, bits, lane);
+  if constexpr (NewestToken<S>::EXISTS)  // while the first block's number and the query are on their way
+    if (stores) NewestToken<S>::write_share(p, start, end - begin, __any_sync(~0u, completes), tables, lane);
   load(0);
 
   // A turn is what a unit has in this share or, with a key offset, as much of it as `offsets` has the segments of (it may begin

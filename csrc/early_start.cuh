@@ -18,6 +18,14 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Brings a kernel's arguments into the constant cache before the wait: its misses would come one after another.
+template <class Arguments> __device__ __forceinline__ void touch_arguments(const Arguments& arguments) {
+  if (threadIdx.x < sizeof(Arguments) / 32) {
+    const int word = reinterpret_cast<const int*>(&arguments)[8 * threadIdx.x];
+    asm volatile("" ::"r"(word));
+  }
+}
+
 // Enqueues a kernel that calls wait_for_earlier_kernels(), early if its machine code is of an architecture that can.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,

@@ -93,12 +93,7 @@ __global__ void __launch_bounds__(STORE_THREADS, SPREAD == BLOCKS ? TRELLIS_CTAS
   const int lane = threadIdx.x % 32, q = lane % Shape::LANES;
   const LevelsOfCells<TABLE_ROW_BYTES> levels(reinterpret_cast<const uint32_t*>(table) + lane);
   const uint32_t signs = lane_signs<Shape>(q);
-  // Before the wait: the table, and the arguments into the constant cache, whose misses would come one after another (half a
-  // microsecond of five for one token).
-  if (threadIdx.x < sizeof(StoreParams) / 32) {
-    const int word = reinterpret_cast<const int*>(&params)[8 * threadIdx.x];
-    asm volatile("" ::"r"(word));
-  }
+  touch_arguments(params);  // half a microsecond of five for one token
   switch (role.bits) {
     case 2: fill_table<2>(table, role.table_rows); break;
     case 3: fill_table<3>(table, role.table_rows); break;
