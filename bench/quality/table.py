@@ -19,6 +19,7 @@ from plots import family_of, plot
 from rivals import EVICTIONS, RIVALS, Eviction, Rival, presets
 from simulate import Reader, first_windows, second_halves
 from transformers import AutoTokenizer
+from vllm_turboquant import vllm_turboquant
 
 sys.path.append(str(Path(__file__).parents[1]))  # of levers
 from levers import Model
@@ -119,7 +120,8 @@ def main(argv: list[str]) -> int:
     windows = all_windows[: arguments.windows]
     reference = first_windows(result.text, len(all_windows), len(windows))
     model = Model(job["model"])
-    rivals = [*preset_rivals(model, len(windows[0])), *RIVALS, *EVICTIONS]
+    rivals = [*preset_rivals(model, len(windows[0])), *RIVALS]
+    rivals += [*vllm_turboquant(model.config.num_hidden_layers), *EVICTIONS]
     reader = Reader(model.network, windows, job["engine"]["long_prefill_token_threshold"], job["top"])
     rows = served_rows(directory, reference, len(windows), len(all_windows))
     vocab, path = result.report["vocab_size"], directory / f"rivals-{len(windows)}-windows.json"

@@ -14,6 +14,7 @@ from tq_vllm.ops import torch_ops
 
 store_kv = torch.ops.tq_vllm.store_kv
 attention = torch.ops.tq_vllm.attention
+store_and_attend = torch.ops.tq_vllm.store_and_attend
 
 FORMATS = [name for name, config in PRESETS.items() if not config.recent_tokens]  # of one cache
 PAGES = [(preset, head_dim) for preset in FORMATS for head_dim in head_dims_of(get_config(preset))]
@@ -180,42 +181,49 @@ class Batch:
 
 
 def check_store_and_attend(operation, tolerance, device="cpu", not_stored=(), **fields):
-    """A step of one token a request: pages against those that PyTorch writes, attention against the dense computation.
+    """A step of decodes: pages against those that PyTorch writes, attention against the dense computation.
 
     The tokens of requests `not_stored` are in the cache already, and NaN in this step.
     """
-    b = Batch(fresh=False, padding=2, **fields)
+    b = Batch(**fields | {"fresh": False, "padding": 2})
     key, value = b.this_step(b.keys), b.this_step(b.values)
-    slots, positions = torch.full((len(key),), -1), torch.zeros(len(key), dtype=torch.int32)
-    for r, n in enumerate(b.seq_lens):
-        row = b.query_start_loc[r]
-        if r in not_stored:
-            key[row], value[row] = math.nan, math.nan
-        elif b.query_lens[r]:
-            slots[row : row + 1] = b.slots(r, torch.tensor([n - 1]))
-            positions[row] = n - 1
-    for r, n in enumerate(b.seq_lens):  # all other tokens
-        at = torch.arange(n)
-        older = b.slots(r, at)
-        older[torch.isin(older, slots)] = -1
-        torch_ops.store_kv(b.keys[r], b.values[r], b.kv_cache, older, at, b.key_offset, b.preset)
-    cache = torch.empty_strided(b.kv_cache.shape, b.kv_cache.stride(), dtype=torch.uint8, device=device)
-    cache.copy_(b.kv_cache)
+    positions = torch.zeros(len(key), dtype=torch.int32)
+    caches = [(b.kv_cache, b.block_table, b.block_size, b.preset)]
+    caches += [(b.recent[0], b.recent_table, b.recent_block_size, RECENT_PRESET)] if b.recent else []
+    on_device, slots, wanted = [], [], []
+    for cache, table, block_size, preset in caches:
+        new = torch.full((len(key),), -1)
+        for r, n in enumerate(b.seq_lens):
+            rows, newest = slice(*b.query_start_loc[r : r + 2]), torch.arange(n - b.query_lens[r], n)
+            if r in not_stored:
+                key[rows], value[rows] = math.nan, math.nan
+            else:
+                new[rows], positions[rows] = b.slots_of(table, block_size, r, newest), newest.int()
+        for r, n in enumerate(b.seq_lens):  # all other tokens
+            at = torch.arange(n)
+            older = b.slots_of(table, block_size, r, at)
+            older[torch.isin(older, new)] = -1
+            torch_ops.store_kv(b.keys[r], b.values[r], cache, older, at, b.key_offset, preset)
+        on_device.append(torch.empty_strided(cache.shape, cache.stride(), dtype=torch.uint8, device=device))
+        on_device[-1].copy_(cache)
+        slots.append(new)
+        before = cache.clone()
+        torch_ops.store_kv(key, value, cache, new, positions, b.key_offset, preset)
+        wanted.append((before, cache))
     out = torch.full(b.query.shape, 7.0, dtype=b.dtype, device=device)
     lse = torch.full((b.num_heads, len(b.query)), 9.0, device=device)
     there = lambda x: None if x is None else x.to(device)  # noqa: E731
+    recent = (on_device[1], there(slots[1]), there(b.recent[1]), there(b.recent[2])) if b.recent else ()
     operation(
-        there(b.query), there(key), there(value), cache, there(slots), there(positions), there(b.block_table),
-        there(torch.tensor(b.seq_lens, dtype=torch.int32)), there(b.query_start_loc), there(b.key_offset),
-        there(b.sinks), out, lse, b.softmax_scale, 1, max(b.seq_lens), sum(b.seq_lens), b.sliding_window,
-        b.logits_soft_cap, b.preset,
+        there(b.query), there(key), there(value), on_device[0], there(slots[0]), there(positions),
+        there(b.block_table), there(torch.tensor(b.seq_lens, dtype=torch.int32)), there(b.query_start_loc),
+        there(b.key_offset), there(b.sinks), out, lse, b.softmax_scale, max(b.query_lens), max(b.seq_lens),
+        sum(b.seq_lens), b.sliding_window, b.logits_soft_cap, b.preset, *recent,
     )  # fmt: skip
-    before = b.kv_cache.clone()
-    torch_ops.store_kv(key, value, b.kv_cache, slots, positions, b.key_offset, b.preset)
-    written = (b.kv_cache != before).sum()
-    different = (cache.cpu() != b.kv_cache).sum()
-    assert written >= (slots >= 0).sum() * b.num_kv_heads * b.head_dim // 4
-    assert different <= 0.01 * written, f"{different} of {written} bytes"  # near-ties
+    for found, new, (before, expected) in zip(on_device, slots, wanted, strict=True):
+        written, different = (expected != before).sum(), (found.cpu() != expected).sum()
+        assert written >= (new >= 0).sum() * b.num_kv_heads * b.head_dim // 4
+        assert different <= 0.01 * written, f"{different} of {written} bytes"  # near-ties
     expected_out, expected_lse = b.expected()
     used = sum(b.query_lens)
     torch.testing.assert_close(out[:used].cpu().double(), expected_out[:used], rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.batches import PAGES, Batch
+from tests.ops.batches import PAGES, Batch, check_store_and_attend, store_and_attend
 from tq_vllm.config import PRESETS
 from tq_vllm.ops import torch_ops
 
@@ -177,3 +177,17 @@ def test_memory_does_not_grow_with_context_times_queries():
     with LiveBytes() as memory:
         torch_ops.attention(*inputs, batch.softmax_scale, 1024, 3072, 3072, 0, 0.0, batch.preset)
     assert 1 << 20 < memory.peak < 32 << 20
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seq_lens": (40, 7, 1), "query_lens": (1, 1, 1)},
+        {"seq_lens": (40, 7, 100), "query_lens": (3, 7, 2), "with_offset": True, "with_sinks": True},
+        {"seq_lens": (33, 32, 80), "query_lens": (1, 1, 0), "share": ((1, 32),), "sliding_window": 20},
+        {"seq_lens": (30, 20, 0), "query_lens": (1, 1, 1), "not_stored": (0, 2)},
+    ],
+    ids=["decode", "verify", "a shared block", "not stored"],
+)
+def test_store_and_attend(fields):
+    check_store_and_attend(store_and_attend, 1e-5, **fields)

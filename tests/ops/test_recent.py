@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.batches import Batch
+from tests.ops.batches import Batch, check_store_and_attend, store_and_attend
 
 PRESET = "turboquant:k3v3-r128"
 DECODES = {"fresh": False, "seq_lens": (400, 5, 128, 129, 200), "query_lens": (1, 1, 1, 1, 1)}
@@ -43,3 +43,9 @@ def test_the_newest_tokens_are_read_from_their_own_cache():
     assert torch.equal(batch.attend()[0], expected)
     batch.kv_cache[batch.block_table[0, 0].long()] = 0x11
     assert not torch.allclose(batch.attend()[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [0, 60, 190])
+@pytest.mark.parametrize("case", [name for name in CASES if not CASES[name].get("fresh", True)])
+def test_newest_tokens_are_written_to_both_caches(case, window):
+    check_store_and_attend(store_and_attend, 1e-5, preset=PRESET, sliding_window=window, **CASES[case])

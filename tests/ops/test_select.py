@@ -67,6 +67,32 @@ def test_trellis_codes_are_written_on_a_gpu_where_a_lane_holds_a_block(monkeypat
     assert served or refusal == f"got head size {head_dim} with trellis codes, allowed 64, 128, 256"
 
 
+@pytest.mark.parametrize(
+    "fields, served",
+    [
+        ({}, True),
+        ({"group": 64}, True),
+        ({"preset": "turboquant:k5v4", "head_dim": 256}, True),
+        ({"max_query_len": 2}, False),
+        ({"preset": "turboquant:t3"}, False),
+        ({"preset": "turboquant:prod"}, False),
+        ({"head_dim": 96}, False),
+        ({"recent": True}, False),
+        ({"device_type": "cpu", "capability": None}, False),
+    ],
+)
+def test_one_launch_writes_and_attends_where_a_request_has_one_token(monkeypatch, fields, served):
+    size = ctypes.sizeof(cuda_store.StoreParams)
+    monkeypatch.setattr(cuda_ops, "why_missing", lambda: None)
+    monkeypatch.setattr(cuda_ops, "library", lambda: types.SimpleNamespace(tq_store_params_bytes=lambda: size))
+    monkeypatch.setitem(select_module.KERNELS, "cuda", ("cuda",))
+    select_module.select_joint.cache_clear()
+    step = Call("store_and_attend", "cuda", (9, 0), "turboquant", 128, torch.bfloat16, 64, group=4)._replace(**fields)
+    found = select_module.select_joint(step)
+    select_module.select_joint.cache_clear()
+    assert found is (cuda_ops.store_and_attend if served else None)
+
+
 def test_a_choice_is_logged_once(kernels, caplog):
     select_module._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=select_module.logger.name):

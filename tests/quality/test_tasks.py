@@ -94,3 +94,10 @@ def test_no_sequence_is_longer_than_its_bound(name):
     tasks = build_tasks(AutoTokenizer.from_pretrained(str(demo_model())), size)
     longest = max(len(s) for s in [*tasks.windows, *(q.tokens for q in tasks.questions)])
     assert max(longest + 1, len(tasks.prompts[0]) + size.greedy_tokens) <= longest_sequence(size)
+
+
+def test_needles_in_more_text_than_a_sequence_may_have_are_left_out():
+    full = SIZES["full"]
+    assert full.within(16_480) == full and longest_sequence(full) == 16_480
+    assert full.within(8_192).needle_lengths == (1024, 2048, 4096)
+    assert longest_sequence(full.within(8_192)) <= 8_192

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.batches import Batch
+from tests.ops.batches import Batch, check_store_and_attend
 from tests.triton.test_attention import DEVICE, TOLERANCE, moved
 from tests.triton.test_flash import check as check_flash
 from tests.triton.test_flash import flash, shrink_workspace  # noqa: F401  flash is a fixture
@@ -22,6 +22,7 @@ def through_select(triton_ops, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setitem(select_module.KERNELS, "cpu", ("triton", "recent", "torch"))
     select_module.select.cache_clear()
+    select_module.select_joint.cache_clear()
 
     def attend(*args):
         on_device = [moved(x) for x in args]
@@ -33,6 +34,7 @@ def through_select(triton_ops, monkeypatch):
     monkeypatch.setattr("tests.ops.batches.attention", attend)
     yield
     select_module.select.cache_clear()
+    select_module.select_joint.cache_clear()
 
 
 def check(**fields):
@@ -52,6 +54,13 @@ def check(**fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_and_verify(through_select, dtype, window):
     check(**LENGTHS, dtype=dtype, sliding_window=window, num_kv_heads=1, padding=2)
+
+
+@pytest.mark.parametrize("window", [0, 190])
+def test_decode_that_writes_its_tokens(through_select, window):
+    lengths = {"seq_lens": (300, 130, 127, 5), "query_lens": (1, 1, 1, 1)}
+    check_store_and_attend(select_module.store_and_attend, 2e-2, DEVICE, preset=PRESET, dtype=torch.bfloat16,
+                           head_dim=128, sliding_window=window, with_offset=True, **lengths)  # fmt: skip
 
 
 def test_decode_of_everything(through_select):

@@ -5,11 +5,14 @@ import json
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tq_vllm.cli.capacity import parse_memory
+from tq_vllm.cli.config_file import read_config
 from tq_vllm.cli.demo_model import NAME, demo_model
+from tq_vllm.cli.model_config import model_shape
 from tq_vllm.cli.progress import StatusLine
 from tq_vllm.cli.table import print_table
 from tq_vllm.config import PRESETS
@@ -58,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     notes = [LEGEND, text_note()]
     notes += [f"needles, {row['cache']}: {needle_grid(row)}" for row in rows if row.get("needles")]
     notes += [f"{row['cache']} {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    if left_out := settings["needles_left_out"]:
+        notes.append(f"Needles in {left_out} tokens are left out: the model's sequences are shorter.")
     title = f"{settings['model']}, size {settings['size']}, {CHUNK} tokens of a prompt a step"
     print_table(title, COLUMNS, [cells(row) for row in rows], [*notes, f"vLLM's logs: {directory}"])
     return int(failed)
@@ -69,13 +74,19 @@ def measure(arguments: argparse.Namespace, directory: Path) -> tuple[list[dict],
 
     from tq_vllm.quality.process import engine_arguments, run_engine
     from tq_vllm.quality.rows import make_row
-    from tq_vllm.quality.tasks import SIZES, longest_sequence
+    from tq_vllm.quality.tasks import AROUND_NEEDLE, SIZES, longest_sequence
 
     cuda = torch.cuda.is_available()
     size_name = arguments.size or ("full" if cuda else "small")
     size = SIZES[size_name]
     if arguments.needles:
         size = replace(size, needle_lengths=tuple(arguments.needles))
+    context = _max_model_len(arguments.model or str(demo_model()))
+    left_out = [] if context is None else sorted({*size.needle_lengths} - {*size.within(context).needle_lengths})
+    if left_out and arguments.needles:
+        raise ValueError(f"--needles: got {left_out}, allowed up to {context - AROUND_NEEDLE} tokens for this model, "
+                         f"whose longest sequence has {context}.")  # fmt: skip
+    size = size if context is None else size.within(context)
     longest = longest_sequence(size)
     size = size.text_only() if arguments.text_only else size
     model = arguments.model or str(demo_model())
@@ -109,4 +120,15 @@ def measure(arguments: argparse.Namespace, directory: Path) -> tuple[list[dict],
         if dtype != "auto":
             rows.append(row_of(dtype, dtype, CHUNK, reference)[0])
     settings = {"model": arguments.model or NAME, "size": size_name, "dtype": row["dtype"], "tokens_a_step": CHUNK}
-    return rows, settings | {"top": arguments.top, "python": sys.version.split()[0]}
+    settings |= {"top": arguments.top, "python": sys.version.split()[0], "needles_left_out": left_out}
+    return rows, settings
+
+
+def _max_model_len(model: str) -> int | None:
+    """The longest sequence of a model; None where only vLLM can tell, or say what is wrong."""
+    from huggingface_hub import hf_hub_download
+
+    with suppress(OSError, ValueError):
+        config = model if Path(model).exists() else hf_hub_download(model, "config.json")  # vLLM will want it, too
+        return model_shape(read_config(config)[0]).max_model_len
+    return None

@@ -26,7 +26,8 @@ position p see p-w+1..p; a `logits_soft_cap` of c > 0 replaces a score s by c * 
 past query_start_loc[-1] stay untouched. A query with nothing to attend gives 0 and -inf.
 
 `store_and_attend` is `store_kv`, then `attention` without raw keys and values: a step of decodes. Every slot that is
-not -1 belongs to a token of a request, and `positions` are those that follow from `seq_lens`.
+not -1 belongs to a token of a request, and `positions` are those that follow from `seq_lens`. `recent_slots` are the
+slots of the same tokens in the `recent_cache`, which is written too.
 
 With a `recent_cache` (presets of recent_tokens = w > 0) position p reads p-w+1..p from it and what is older from
 `kv_cache`. With `key` and `value` too, the tokens of this step are raw, the w-1 before them come from it for all rows.
@@ -53,7 +54,8 @@ LIBRARY.define(
     "store_and_attend(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"
     " Tensor? positions, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? key_offset,"
     " Tensor? sinks, Tensor(b!) out, Tensor(c!)? lse, float softmax_scale, int max_query_len, int max_seq_len,"
-    " int total_seq_len, int sliding_window, float logits_soft_cap, str preset) -> ()"
+    " int total_seq_len, int sliding_window, float logits_soft_cap, str preset, Tensor(d!)? recent_cache=None,"
+    " Tensor? recent_slots=None, Tensor? recent_table=None, Tensor? older_lens=None) -> ()"
 )
 
 
@@ -75,5 +77,6 @@ def _(
 def _(
     query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset, sinks,
     out, lse, softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
+    recent_cache=None, recent_slots=None, recent_table=None, older_lens=None,
 ):  # fmt: skip
     return None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from tq_vllm.config import RECENT_PRESET
 from tq_vllm.ops.flash_workspace import is_long, line_tokens
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,8 @@ def attention(
 
 
 @functools.lru_cache(maxsize=4096)
-def select_one_launch(call: Call) -> Callable | None:
-    """Return the function that serves a call of store_and_attend in one launch, or None: store_kv and attention do."""
+def select_joint(call: Call) -> Callable | None:
+    """Return the function that serves a call of store_and_attend, or None: the other operations do."""
     for name in KERNELS.get(call.device_type, ()):
         module = importlib.import_module(f"tq_vllm.ops.{name}_ops")
         if hasattr(module, call.op) and module.supports(call) is None:
@@ -144,23 +145,27 @@ def select_one_launch(call: Call) -> Callable | None:
 def store_and_attend(
     query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset, sinks,
     out, lse, softmax_scale: float, max_query_len: int, max_seq_len: int, total_seq_len: int, sliding_window: int,
-    logits_soft_cap: float, preset: str,
+    logits_soft_cap: float, preset: str, recent_cache=None, recent_slots=None, recent_table=None, older_lens=None,
 ) -> None:  # fmt: skip
-    """Serve tq_vllm::store_and_attend by the kernel that does it in one launch, or by the two operations."""
+    """Serve tq_vllm::store_and_attend by a kernel that does both in one launch, or by the other two operations."""
     call = Call(
         "store_and_attend", query.device.type, _capability(query.device), preset, query.shape[-1], query.dtype,
         kv_cache.shape[2], query.shape[1] // kv_cache.shape[1], max_query_len, False, key_offset is not None,
-        sinks is not None, sliding_window > 0, logits_soft_cap > 0,
+        sinks is not None, sliding_window > 0, logits_soft_cap > 0, recent=recent_cache is not None,
     )  # fmt: skip
-    if (one_launch := select_one_launch(call)) is not None:
-        one_launch(
+    if (joint := select_joint(call)) is not None:
+        recent = (recent_cache, recent_slots, recent_table, older_lens) if call.recent else ()
+        joint(
             query, key, value, kv_cache, slot_mapping, positions, block_table, seq_lens, query_start_loc, key_offset,
             sinks, out, lse, softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window,
-            logits_soft_cap, preset,
+            logits_soft_cap, preset, *recent,
         )  # fmt: skip
         return
     store_kv(key, value, kv_cache, slot_mapping, positions, key_offset, preset)
+    if call.recent:
+        store_kv(key, value, recent_cache, recent_slots, positions, key_offset, RECENT_PRESET)
     attention(
         query, None, None, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse,
         softmax_scale, max_query_len, max_seq_len, total_seq_len, sliding_window, logits_soft_cap, preset,
+        recent_cache, recent_table, older_lens,
     )  # fmt: skip

@@ -136,10 +136,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """Write this step's tokens."""
         torch.ops.tq_vllm.store_kv(key, value, kv_cache, slots, positions, self.key_offset, self.kv_cache_dtype)
         if self.recent is not None:
-            slots = get_forward_context().slot_mapping[self.recent.name]
             torch.ops.tq_vllm.store_kv(
-                key, value, self.recent.kv_cache, slots, positions, self.key_offset, RECENT_PRESET
+                key, value, self.recent.kv_cache, self._recent_slots(), positions, self.key_offset, RECENT_PRESET
             )
+
+    def _recent_slots(self) -> torch.Tensor:
+        return get_forward_context().slot_mapping[self.recent.name]
 
     def forward(
         self,
@@ -177,7 +179,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         slots = None if key is None else get_forward_context().slot_mapping.get(layer.layer_name)
         if slots is not None:  # not a dummy run
             positions = None if self.key_offset is None else attn_metadata.positions[: key.shape[0]]
-            if prefills is None and self.recent is None:
+            if prefills is None and decodes is not None:
                 self._store_and_attend(decodes, query, key, value, kv_cache, slots, positions, output)
                 return output
             self._store(key, value, kv_cache, slots, positions)
@@ -202,7 +204,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         output: torch.Tensor,
     ) -> None:
         """The same in one operation, of a batch of decodes."""
-        rows = decodes.tokens
+        rows, recent = decodes.tokens, ()
+        if self.recent is not None:
+            newest = _metadata_of(self.recent.name).decodes
+            recent = self.recent.kv_cache, self._recent_slots(), newest.block_table, decodes.older_lens
         torch.ops.tq_vllm.store_and_attend(
             query[rows],
             key,
@@ -224,6 +229,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.sliding_window or 0,
             self.logits_soft_cap,
             self.kv_cache_dtype,
+            *recent,
         )
 
     def _attend(

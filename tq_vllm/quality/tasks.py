@@ -12,6 +12,7 @@ from tq_vllm.quality.text import fixed_text
 
 PLACES = ("Lisbon", "Oslo", "Vienna", "Madrid", "Dublin", "Athens", "Warsaw", "Prague", "Helsinki", "Rome")
 PROMPT_TOKENS = 64  # of a prompt to continue
+AROUND_NEEDLE = 96  # tokens that a needle and the question after it take at most
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Size:
     def text_only(self) -> "Size":
         """The same text and no tasks."""
         return replace(self, greedy_prompts=0, needle_lengths=(), copies=0, lookups=0)
+
+    def within(self, max_model_len: int) -> "Size":
+        """Without the needles in more text than a sequence of the model may have."""
+        lengths = tuple(n for n in self.needle_lengths if n + AROUND_NEEDLE <= max_model_len)
+        return replace(self, needle_lengths=lengths)
 
 
 SIZES = {
@@ -74,11 +80,11 @@ class Tasks:
 
 def longest_sequence(size: Size) -> int:
     """Tokens that the longest sequence of a size can have, with what is generated after it; a bound, any tokenizer."""
-    around_needle, a_word, a_pair = 96, 5, 24
+    a_word, a_pair = 5, 24
     return max(
         size.window_tokens + 1,
         PROMPT_TOKENS + size.greedy_tokens,
-        max(size.needle_lengths, default=0) + around_needle,
+        max(size.needle_lengths, default=0) + AROUND_NEEDLE,
         2 * size.copy_words * a_word + 16,
         (size.pairs + size.pairs // 8 + 2) * a_pair,
     )
