@@ -27,6 +27,8 @@ def family_of(name: str) -> str:
         return "tq_vllm"
     if name.startswith("TurboQuant paper"):
         return "TurboQuant paper, QJL keys" if "QJL" in name else "TurboQuant paper"
+    if name.startswith("vLLM turboquant"):
+        return "vLLM's turboquant_*"
     return name.split(",")[0].split(" ")[0]
 
 
@@ -66,14 +68,17 @@ def plot(models: dict[str, list[dict]], path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    families = dict.fromkeys(row["family"] for rows in models.values() for row in rows)  # each looks alike everywhere
+    looks = dict(zip(families, zip(itertools.cycle("osv^Dp*X"), map("C{}".format, itertools.count())), strict=False))
     figure, lines = pyplot.subplots(len(models), 2, figsize=(12, 5 * len(models)), squeeze=False)
     for axes, (model, rows) in zip(lines, models.items(), strict=True):
         rows = [row for row in rows if (row.get("kl_mean") or 0) > 1e-6]  # the axis is logarithmic
         for axis, key, title in zip(axes, ("kl_mean", "perplexity"), ("mean KL, nats", "perplexity"), strict=True):
-            for marker, family in zip(itertools.cycle("osv^Dp*X"), dict.fromkeys(row["family"] for row in rows)):
+            for family in dict.fromkeys(row["family"] for row in rows):
                 mine = sorted((row for row in rows if row["family"] == family), key=lambda row: row["bytes_per_token"])
                 sizes, figures = [row["bytes_per_token"] for row in mine], [row[key] for row in mine]
-                axis.plot(sizes, figures, marker=marker, label=family)
+                marker, colour = looks[family]
+                axis.plot(sizes, figures, marker=marker, color=colour, label=family)
             axis.set(xlabel="bytes per token", ylabel=title, yscale="log", title=model)
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize="small")
