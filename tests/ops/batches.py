@@ -187,6 +187,8 @@ def check_store_and_attend(operation, tolerance, device="cpu", not_stored=(), **
     """
     b = Batch(**fields | {"fresh": False, "padding": 2})
     key, value = b.this_step(b.keys), b.this_step(b.values)
+    no_token = torch.full((len(b.query) - len(key), *key.shape[1:]), math.nan, dtype=b.dtype)  # of an empty sequence
+    key, value = torch.cat((key, no_token)), torch.cat((value, no_token))
     positions = torch.zeros(len(key), dtype=torch.int32)
     caches = [(b.kv_cache, b.block_table, b.block_size, b.preset)]
     caches += [(b.recent[0], b.recent_table, b.recent_block_size, RECENT_PRESET)] if b.recent else []

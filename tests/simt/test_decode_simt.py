@@ -260,6 +260,14 @@ def test_newest_tokens_with_options(dtype):
         check_newest(dtype=dtype, **options)
 
 
+def test_a_token_without_a_slot_is_refused():
+    def one_slot(query, key, value, kv_cache, slot_mapping, *rest):
+        cuda_attention.store_and_attend(query, key, value, kv_cache, slot_mapping[:1], *rest)
+
+    with pytest.raises(ValueError, match="got 1 slots, allowed one for each of 4 tokens"):
+        check_store_and_attend(one_slot, 1e-2, head_dim=128, seq_lens=(30, 17), query_lens=(1, 1))
+
+
 def test_newest_tokens_that_are_not_stored():
     """No slot, no token (padding of a CUDA graph), no length."""
     check_newest(seq_lens=(30, 17, 20, 0), query_lens=(1, 1, 0, 1), not_stored=(1, 3))

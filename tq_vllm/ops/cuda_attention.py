@@ -137,6 +137,9 @@ def store_and_attend(
     logits_soft_cap: float, preset: str,
 ) -> None:  # fmt: skip
     """Write the one new token of every request, attend and merge: two launches. Arguments in schema.py."""
+    if slot_mapping.shape[0] < query.shape[0]:
+        raise ValueError(f"slot_mapping: got {slot_mapping.shape[0]} slots, allowed one for each of {query.shape[0]} "
+                         "tokens; -1 stores nothing.")  # fmt: skip
     _attend(
         query, kv_cache, block_table, seq_lens, query_start_loc, key_offset, sinks, out, lse, softmax_scale,
         max_query_len, sliding_window, logits_soft_cap, preset,

@@ -25,9 +25,9 @@ of a request's tokens in this step, of its sequence, and of the sum of all seque
 position p see p-w+1..p; a `logits_soft_cap` of c > 0 replaces a score s by c * tanh(s / c). Rows of `out` and `lse`
 past query_start_loc[-1] stay untouched. A query with nothing to attend gives 0 and -inf.
 
-`store_and_attend` is `store_kv`, then `attention` without raw keys and values: a step of decodes. Every slot that is
-not -1 belongs to a token of a request, and `positions` are those that follow from `seq_lens`. `recent_slots` are the
-slots of the same tokens in the `recent_cache`, which is written too.
+`store_and_attend` is `store_kv`, then `attention` without raw keys and values: a step of decodes. Every row of `query`
+has a slot, every slot that is not -1 belongs to a token of a request, and `positions` are those that follow from
+`seq_lens`. `recent_slots` are the slots of the same tokens in the `recent_cache`, which is written too.
 
 With a `recent_cache` (presets of recent_tokens = w > 0) position p reads p-w+1..p from it and what is older from
 `kv_cache`. With `key` and `value` too, the tokens of this step are raw, the w-1 before them come from it for all rows.
