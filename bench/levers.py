@@ -24,7 +24,7 @@ from tq_vllm.cli.demo_model import demo_model
 from tq_vllm.config import TurboQuantConfig, get_config
 from tq_vllm.core.cache import kv_roundtrip, offset_at
 from tq_vllm.format import SEGMENT_TOKENS
-from tq_vllm.plugin.key_mean import PASS_TOKENS, pass_token_ids
+from tq_vllm.plugin.key_mean import PASS_TOKENS, first_token, pass_token_ids
 
 STEP, TOKENS = 32, 512
 LONG_TEXT_STARTS = 20_000  # token of all topics, in order of their names
@@ -103,13 +103,20 @@ class Model:
         cos, sin = self.network.model.rotary_emb(x, torch.arange(x.shape[0])[None], *more)
         return apply_rotary_pos_emb(x[None], x[None], cos, sign * sin, 2)[0][0]
 
-    def offsets(self, keys: torch.Tensor, num_tokens: int = TOKENS) -> torch.Tensor:
-        """[num_layers, num_segments, num_kv_heads, head_dim]: as the plugin makes them of a pass's keys."""
+    def pass_ids(self, tokenizer) -> torch.Tensor:
+        """What the plugin's pass reads."""
+        return pass_token_ids(self.config.vocab_size, PASS_TOKENS, first_token(tokenizer))
+
+    def offsets(self, keys: torch.Tensor, first: int | None, num_tokens: int = TOKENS) -> torch.Tensor:
+        """As the plugin makes them of a pass's keys, [num_layers, num_segments, num_kv_heads, head_dim].
+
+        first: the token that every text begins with, or None.
+        """
         found = []
         for layer, key in enumerate(keys):
             mean = self.rotate(layer, key, -1)[1:].mean(0, keepdim=True)
             segments = self.rotate(layer, mean.expand(num_tokens, -1, -1)).unflatten(0, (-1, SEGMENT_TOKENS)).mean(1)
-            segments[0] = 0
+            segments[0] = 0 if first is None else key[0]
             found.append(segments)
         return torch.stack(found)
 
@@ -175,11 +182,12 @@ class Setting:
             text = "\n\n".join(topics[name] for name in sorted(topics))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = ids[LONG_TEXT_STARTS if num_tokens > TOKENS else 0 :]
-        start = [tokenizer.bos_token_id] if "gemma" in self.model.config.model_type else []
-        self.text = torch.tensor((start + ids)[:num_tokens])
-        self.pass_ids = pass_token_ids(self.model.config.vocab_size, PASS_TOKENS)
+        first = first_token(tokenizer)
+        self.text = torch.tensor(([] if first is None else [first]) + ids[:num_tokens])[:num_tokens]
+        self.pass_ids = self.model.pass_ids(tokenizer)
         self.pass_queries, self.pass_keys = self.model.queries_and_keys(self.pass_ids)
-        self.offset = self.model.offsets(self.pass_keys, num_tokens)
+        self.offset = self.model.offsets(self.pass_keys, first, num_tokens)
+        self.without_first_key = self.model.offsets(self.pass_keys, None, num_tokens)
         self.none = [None] * len(self.offset)
         self.by_norms = self.model.scales_by_norms()
         self.basis = self.none if self.by_norms is None else self.by_norms
@@ -204,6 +212,7 @@ def main() -> None:
     rows = {
         "turboquant (K4V4)": (preset, offset, basis, {}),
         "keys not centred": (preset, none, basis, {}),
+        "first keys not centred": (preset, setting.without_first_key, basis, {}),
         "key channels not scaled": (preset, offset, none, {}),
         "key channels scaled by the text": (preset, offset, channel_scales(q, k, pairs=False), {}),
         "key matrices by the text": (preset, offset, matrices(q, k), {}),

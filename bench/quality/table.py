@@ -26,7 +26,7 @@ from levers import Model
 
 from tq_vllm.cli.eval import CHUNK
 from tq_vllm.cli.table import print_table
-from tq_vllm.plugin.key_mean import PASS_TOKENS, pass_token_ids
+from tq_vllm.plugin.key_mean import first_token
 from tq_vllm.quality.gate import RefusedError
 from tq_vllm.quality.metrics import Distributions, compare_text
 from tq_vllm.quality.process import load_result
@@ -66,11 +66,11 @@ def served_rows(directory: Path, reference: Distributions, windows: int, of: int
 
 
 @torch.inference_mode()
-def preset_rivals(model: Model, num_tokens: int) -> list[Rival]:
+def preset_rivals(model: Model, tokenizer, num_tokens: int) -> list[Rival]:
     """Presets with the key offsets and key scales that the plugin would give this model."""
-    _, keys = model.queries_and_keys(pass_token_ids(model.config.vocab_size, PASS_TOKENS))
-    bases = model.scales_by_norms()
-    return presets(model.offsets(keys, num_tokens), None if bases is None else bases[:, 0].diagonal(dim1=-2, dim2=-1))
+    _, keys = model.queries_and_keys(model.pass_ids(tokenizer))
+    offsets, bases = model.offsets(keys, first_token(tokenizer), num_tokens), model.scales_by_norms()
+    return presets(offsets, None if bases is None else bases[:, 0].diagonal(dim1=-2, dim2=-1))
 
 
 def rival_rows(
@@ -116,11 +116,12 @@ def main(argv: list[str]) -> int:
     if not path.exists():
         parser.error(f"{path} is not there: run `tq-vllm eval --logs {directory}` first.")
     job, result = json.loads(path.with_suffix(".json").read_text()), load_result(path)
-    all_windows = build_tasks(AutoTokenizer.from_pretrained(job["model"]), Size(**job["size"]).text_only()).windows
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    all_windows = build_tasks(tokenizer, Size(**job["size"]).text_only()).windows
     windows = all_windows[: arguments.windows]
     reference = first_windows(result.text, len(all_windows), len(windows))
     model = Model(job["model"])
-    rivals = [*preset_rivals(model, len(windows[0])), *RIVALS]
+    rivals = [*preset_rivals(model, tokenizer, len(windows[0])), *RIVALS]
     rivals += [*vllm_turboquant(model.config.num_hidden_layers), *EVICTIONS]
     reader = Reader(model.network, windows, job["engine"]["long_prefill_token_threshold"], job["top"])
     rows = served_rows(directory, reference, len(windows), len(all_windows))

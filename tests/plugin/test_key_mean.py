@@ -87,9 +87,9 @@ def _build(config, layers: list[Attention]) -> TurboQuantMetadataBuilder:
 
 
 @torch.inference_mode()
-def _reference_means(reference: nn.Module, num_tokens: int) -> list[torch.Tensor]:
-    """Means over positions 1, 2, ... of what goes into RoPE in transformers: [num_kv_heads, head_dim] a layer."""
-    ids = key_mean.pass_token_ids(VOCAB, num_tokens)
+def _reference_keys(reference: nn.Module, num_tokens: int, first: int | None = None) -> list[torch.Tensor]:
+    """What goes into RoPE in transformers: [num_tokens, num_kv_heads, head_dim] a layer."""
+    ids = key_mean.pass_token_ids(VOCAB, num_tokens, first)
     keys, handles = [], []
     for layer in reference.model.layers:
         source = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
@@ -97,7 +97,12 @@ def _reference_means(reference: nn.Module, num_tokens: int) -> list[torch.Tensor
     reference(ids[None])
     for handle in handles:
         handle.remove()
-    return [k[0].view(num_tokens, NUM_KV_HEADS, HEAD_DIM)[1:].double().mean(0) for k in keys]
+    return [k[0].view(num_tokens, NUM_KV_HEADS, HEAD_DIM).double() for k in keys]
+
+
+def _reference_means(reference: nn.Module, num_tokens: int) -> list[torch.Tensor]:
+    """Means over positions 1, 2, ...: [num_kv_heads, head_dim] a layer."""
+    return [keys[1:].mean(0) for keys in _reference_keys(reference, num_tokens)]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -120,6 +125,37 @@ def test_offsets_are_those_of_the_models_own_mean(make, lines, kind):
     assert "keys of 2 layers centred by their mean over a fixed pass of 64 tokens" in line
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_key_of_the_token_that_begins_every_prompt_is_the_first_offset(make, lines, monkeypatch, kind):
+    monkeypatch.setattr(key_mean, "_first_token_of", lambda model_config: 3)
+    served, reference, config, layers = make(kind)
+    _load(served, config)
+    _build(config, layers)
+    for layer, keys in zip(layers, _reference_keys(reference, 64, first=3), strict=True):
+        scale = 1 if layer.impl.key_scale is None else layer.impl.key_scale
+        torch.testing.assert_close(layer.impl.key_offset[0].double(), keys[0] * scale, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(layer.impl.key_mean.double(), keys[1:].mean(0), atol=1e-4, rtol=1e-3)
+    assert lines[0].endswith("those of a prompt's first positions by the key of token 3.")
+    before = layers[0].impl.key_offset.clone()
+    _load(served, config)
+    assert torch.equal(layers[0].impl.key_offset, before)
+
+
+@pytest.mark.parametrize("bos, ids, first", [(5, [5, 70], 5), (5, [70], None), (None, [70], None), (5, [], None)])
+def test_only_a_tokenizer_knows_how_prompts_begin(bos, ids, first):
+    assert key_mean.first_token(SimpleNamespace(bos_token_id=bos, encode=lambda text: ids)) == first
+
+
+def test_a_tokenizer_that_fails_is_one_line(lines, monkeypatch):
+    def fail(model_config):
+        raise OSError("no tokenizer there")
+
+    monkeypatch.setattr(key_mean, "cached_tokenizer_from_config", fail)
+    assert key_mean._first_token_of(SimpleNamespace(skip_tokenizer_init=False)) is None
+    assert key_mean._first_token_of(SimpleNamespace(skip_tokenizer_init=True)) is None
+    assert lines == ["TurboQuant KV cache: how prompts begin is not known: OSError: no tokenizer there."]
+
+
 def test_another_pass_gives_the_same_bits_and_other_tokens_others(make, monkeypatch):
     offsets = []
     for seed in (key_mean._SEED, key_mean._SEED, 1):
@@ -133,6 +169,7 @@ def test_another_pass_gives_the_same_bits_and_other_tokens_others(make, monkeypa
 
 def test_the_tokens_are_pinned():
     assert key_mean.pass_token_ids(32000, 6).tolist() == [31876, 15769, 4665, 21557, 25599, 2317]
+    assert key_mean.pass_token_ids(32000, 6, first=1).tolist() == [1, 15769, 4665, 21557, 25599, 2317]
 
 
 def test_short_batches_shorten_the_pass(make, lines):

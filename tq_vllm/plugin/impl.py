@@ -23,7 +23,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     Attributes:
         key_offset: [num_segments, num_kv_heads, head_dim] of the model's dtype, or None (see key_offset.py); of keys
             times key_scale.
-        key_mean: fp32 [num_kv_heads, head_dim] before RoPE, on the host, where the offset comes from the fixed pass.
+        key_mean, first_key: fp32 [num_kv_heads, head_dim] on the host, where the offset comes from the fixed pass: the
+            mean before RoPE and, if all prompts begin alike, the key at position 0.
         recent: the newest tokens' own cache (see recent.py), or None; a drafter's layers have none.
         key_scale: fp32 [head_dim], or None: keys are stored times it, queries divided by it (see key_scale.py).
 
@@ -72,6 +73,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.block_size = cache_config.block_size if cache_config.user_specified_block_size else PREFERRED_BLOCK_SIZE
         self.key_offset: torch.Tensor | None = None
         self.key_mean: torch.Tensor | None = None
+        self.first_key: torch.Tensor | None = None
         self.key_scale: torch.Tensor | None = None
         self.not_centred: str | None = None
         self.owner: key_offsets.Owner | None = None
@@ -105,15 +107,17 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             if value is not None:  # vLLM keeps a model's buffers when sleeping (level 2) throws its weights away
                 self.owner.layer().register_buffer(f"turboquant_{name}", value, persistent=False)
 
-    def centre(self, keys: torch.Tensor) -> float:
-        """Set the key offset by the keys of the fixed pass; return the part of their energy that it leaves.
+    def centre(self, keys: torch.Tensor, prompts_begin_alike: bool) -> float:
+        """Set the key offset by the keys of the fixed pass; return the part of their energy that a mean leaves.
 
         Args:
             keys: [num_tokens, num_kv_heads, head_dim] as the model makes them, of positions 0, 1, ...
+            prompts_begin_alike: the pass begins with the token that begins every prompt.
         """
         rotary_emb = self.owner.parent().rotary_emb
         self.key_mean = key_offsets.mean_before_rope(rotary_emb, keys).cpu()
-        offset = key_offsets.from_mean(rotary_emb, self.key_mean, self.key_offset.shape[0])
+        self.first_key = keys[0].float().cpu() if prompts_begin_alike else None
+        offset = key_offsets.from_mean(rotary_emb, self.key_mean, self.key_offset.shape[0], self.first_key)
         self.key_offset.copy_(self._scaled_key(offset))
         return key_offsets.energy_left(rotary_emb, self.key_mean, keys)
 

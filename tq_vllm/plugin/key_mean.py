@@ -2,15 +2,17 @@
 
 The model reads 64 token ids that a generator draws from its vocabulary. Every layer's keys are rotated back to position
 0 and averaged. A mean is a property of the weights far more than of the text: with random ids it removes nearly as much
-of the error as the mean of the very text that is served (docs/design.md).
+of the error as the mean of the very text that is served (docs/design.md). Where the tokenizer begins every prompt with
+the same token, the pass does too, and the key of that token is the offset of the first segment of positions: it takes
+much of the attention, and comes out of its codes as it was.
 
 The pass runs when the engine builds its first metadata builder: on every rank, after the weights are loaded and the
 memory was profiled, before CUDA graphs are captured. It skips the compiled model, and plain attention stands in for
 every layer's implementation, so that no cache is read or written.
 
-The result is a function of the checkpoint, the model's dtype and, below 64, of --max-num-batched-tokens and
---max-model-len. Its last digits are those of the device's matrix products. Two machines that share a cache restore keys
-with offsets that differ by such digits, which is far below a quantization step.
+The result is a function of the checkpoint, its tokenizer, the model's dtype and, below 64, of --max-num-batched-tokens
+and --max-model-len. Its last digits are those of the device's matrix products. Two machines that share a cache restore
+keys with offsets that differ by such digits, which is far below a quantization step.
 """
 
 import weakref
@@ -21,6 +23,7 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backend import AttentionType
 
 from tq_vllm.core.attention import attention_reference
@@ -60,36 +63,62 @@ def take_waiting(vllm_config, device: torch.device) -> None:
     num_tokens = min(
         PASS_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
     )
+    first = _first_token_of(vllm_config.model_config) if by_root else None
     for root, impls in by_root.items():
         try:
-            keys = keys_of_pass(root, num_tokens, vllm_config, device)
+            keys = keys_of_pass(root, num_tokens, first, vllm_config, device)
         except Exception as error:  # its forward takes something else, a draft head's for one: served as it is
             why = f"the pass for their mean failed with {type(error).__name__}: {error}"
             for impl in impls:
                 impl.do_not_centre(why)
             logger.warning("TurboQuant KV cache: keys of %d layers not centred: %s.", len(impls), why)
             continue
-        left = [impl.centre(keys[impl.owner.layer().layer_name]) for impl in impls]
+        left = [impl.centre(keys[impl.owner.layer().layer_name], first is not None) for impl in impls]
         logger.info(
             "TurboQuant KV cache: keys of %d layers centred by their mean over a fixed pass of %d tokens, "
-            "which leaves %.0f %% of their energy.",
+            "which leaves %.0f %% of their energy%s.",
             len(impls), num_tokens, 100 * sum(left) / len(left),
+            "" if first is None else f"; those of a prompt's first positions by the key of token {first}",
         )  # fmt: skip
 
 
-def pass_token_ids(vocab_size: int, num_tokens: int) -> torch.Tensor:
-    """The ids that the pass reads, int64 [num_tokens]: the same on every machine."""
-    return (splitmix64(_SEED, num_tokens) & (2**63 - 1)) % vocab_size
+def _first_token_of(model_config) -> int | None:
+    if model_config.skip_tokenizer_init:
+        return None
+    try:
+        return first_token(cached_tokenizer_from_config(model_config))
+    except Exception as error:  # tokenizers are of many kinds, and the engine does without one here
+        logger.warning("TurboQuant KV cache: how prompts begin is not known: %s: %s.", type(error).__name__, error)
+        return None
+
+
+def first_token(tokenizer) -> int | None:
+    """The id of the token that a tokenizer begins every text with, or None."""
+    begin = tokenizer.bos_token_id
+    return begin if begin is not None and tokenizer.encode("a")[:1] == [begin] else None
+
+
+def pass_token_ids(vocab_size: int, num_tokens: int, first: int | None = None) -> torch.Tensor:
+    """The ids that the pass reads, int64 [num_tokens]: the same on every machine; `first`: begins every text."""
+    ids = (splitmix64(_SEED, num_tokens) & (2**63 - 1)) % vocab_size
+    if first is not None:
+        ids[0] = first
+    return ids
 
 
 @torch.inference_mode()
-def keys_of_pass(root: nn.Module, num_tokens: int, vllm_config, device: torch.device) -> dict[str, torch.Tensor]:
+def keys_of_pass(
+    root: nn.Module, num_tokens: int, first: int | None, vllm_config, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Run the model over the pass's ids at positions 0, 1, ...; return each layer's keys as they would be stored.
+
+    Args:
+        first: the token that begins every prompt, or None.
 
     Returns:
         layer name -> [num_tokens, num_kv_heads, head_dim] of the model's dtype, after RoPE; this rank's heads.
     """
-    ids = pass_token_ids(vllm_config.model_config.get_vocab_size(), num_tokens)
+    ids = pass_token_ids(vllm_config.model_config.get_vocab_size(), num_tokens, first)
     with (
         _plain_attention(root) as keys,
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),

@@ -97,7 +97,8 @@ def compute(impl, dtype: torch.dtype) -> tuple[torch.Tensor | None, str]:
     if impl.page.config.key_bits == 8:  # docs/design.md; reads would pay for it
         return None, "8-bit keys gain nothing by a mean"
     if impl.key_mean is not None:
-        return from_mean(rotary_emb, impl.key_mean, num_segments).to(dtype), "by their mean of an earlier pass"
+        offset = from_mean(rotary_emb, impl.key_mean, num_segments, impl.first_key)
+        return offset.to(dtype), "by their mean of an earlier pass"
     if why := key_mean.why_impossible(impl.owner.root(), impl.pipeline_parallel):
         return None, why
     key_mean.wait_for_pass(impl)
@@ -164,14 +165,18 @@ def energy_left(rotary_emb: RotaryEmbedding, mean: torch.Tensor, keys: torch.Ten
     return float(centred[1:].square().sum() / keys[1:].float().square().sum())
 
 
-def from_mean(rotary_emb: RotaryEmbedding, mean: torch.Tensor, num_segments: int) -> torch.Tensor:
+def from_mean(
+    rotary_emb: RotaryEmbedding, mean: torch.Tensor, num_segments: int, first_key: torch.Tensor | None
+) -> torch.Tensor:
     """Offset of each segment for keys of this mean before RoPE: fp32 [num_segments, num_kv_heads, head_dim].
 
-    The first segment has none: the first key of a sequence is short and takes much of the attention, so that an error
-    in it reaches every query. Centred by the mean of the others it becomes long and its error grows with it.
+    The first key of a sequence is unlike all others and takes much of the attention, so that an error in it reaches
+    every query. Where all sequences begin with the same token, `first_key` [num_kv_heads, head_dim] is that key and the
+    offset of the first segment: nothing of it is left to be rounded. Else the first segment has none: centred by the
+    mean of the others the first key would become long, and its error grow with it.
     """
     offset = rotated_segment_means(rotary_emb, mean.to(rotary_emb.cos_sin_cache.device), num_segments)
-    offset[0] = 0
+    offset[0] = 0 if first_key is None else first_key.to(offset.device).nan_to_num(0, 0, 0)
     return offset
 
 
