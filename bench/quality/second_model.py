@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tq_vllm.cli.demo_model import cache_dir, write_json
 
-NAME = "gemma-3-270m"
+NAME = "gemma-3-270m-bos"
 
 
 def second_model() -> Path:
@@ -35,7 +35,9 @@ def second_model() -> Path:
         gguf_file = assemble(Path(folder) / f"{NAME}.gguf").name
         network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
         written = Path(folder) / "hf"
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(written)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        tokenizer.add_bos_token = True  # as the GGUF says; transformers does not look
+        tokenizer.save_pretrained(written)
         weights = network.state_dict()
         del weights["lm_head.weight"]  # tied to the embedding
         save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
