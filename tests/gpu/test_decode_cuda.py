@@ -8,8 +8,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-from tests.ops.batches import FORMATS, Batch, check_store_and_attend  # noqa: E402
-from tq_vllm.config import PRESETS  # noqa: E402
+from tests.ops.batches import FORMATS, ONE_LAUNCH, Batch, check_store_and_attend  # noqa: E402
 from tq_vllm.ops import cuda_attention  # noqa: E402
 from tq_vllm.ops.cuda_library import why_missing  # noqa: E402
 
@@ -139,9 +138,6 @@ def test_rising_scores():
         b.query_start_loc.cuda(), None, None, out, None, b.softmax_scale, 1, 600, sum(b.seq_lens), 0, 0.0, b.preset,
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), b.expected()[0], rtol=1e-2, atol=2e-3)
-
-
-ONE_LAUNCH = [name for name in FORMATS if not PRESETS[name].trellis and not PRESETS[name].key_sketch]
 
 
 def check_newest(**fields):

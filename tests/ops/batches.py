@@ -17,6 +17,7 @@ attention = torch.ops.tq_vllm.attention
 store_and_attend = torch.ops.tq_vllm.store_and_attend
 
 FORMATS = [name for name, config in PRESETS.items() if not config.recent_tokens]  # of one cache
+ONE_LAUNCH = [name for name in FORMATS if not (PRESETS[name].trellis or PRESETS[name].key_sketch)]
 PAGES = [(preset, head_dim) for preset in FORMATS for head_dim in head_dims_of(get_config(preset))]
 
 

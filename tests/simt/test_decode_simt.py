@@ -11,8 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.batches import FORMATS, Batch, check_store_and_attend
-from tq_vllm.config import PRESETS
+from tests.ops.batches import FORMATS, ONE_LAUNCH, Batch, check_store_and_attend
 from tq_vllm.ops import cuda_attention, torch_ops
 
 CTAS, WARPS = 3, 2
@@ -218,9 +217,6 @@ def test_rows_before_the_first_token_see_nothing(group, window):
     torch.testing.assert_close(found[0], found[2], rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-3)
     assert (found[0][:2] == 0).all() and (found[0][2] != 0).all()
-
-
-ONE_LAUNCH = [name for name in FORMATS if not PRESETS[name].trellis and not PRESETS[name].key_sketch]
 
 
 def check_newest(**fields):
